@@ -138,6 +138,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 4},
         {"state_size": 6, "init": "legs", "discretisation": "bilinear", "gated": False, "activation": "silu"},
     ],
+    "s4": [{"state_size": 8}],
+    "lssl": [
+        {"state_size": 7},
+        {"state_size": 5, "measure": "lagt", "outputs": 3, "fixed": True, "gated": True, "learning_rate": None},
+    ],
+    "liquid_s4": [{"state_size": 8}, {"state_size": 6, "degree": 3, "kernel": "kb", "gated": False}],
     "dss": [
         {"state_size": 3, "length": 20},  # shorter than the laws' sequences
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},

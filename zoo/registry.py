@@ -29,6 +29,9 @@ KINDS: dict[str, str] = {
     # state space
     "s4d": "zoo.ssm.s4d:S4D",
     "dss": "zoo.ssm.dss:DSS",
+    "lssl": "zoo.ssm.lssl:LSSL",
+    "s4": "zoo.ssm.s4:S4",
+    "liquid_s4": "zoo.ssm.liquid_s4:LiquidS4",
     "mamba": "zoo.ssm.mamba:Mamba",
     "mamba2": "zoo.ssm.mamba2:Mamba2",
     # recurrence
