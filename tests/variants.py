@@ -21,11 +21,15 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "moe": [
         {},
-        {"experts": 5, "top_k": 1, "expert": "mlp", "shared_experts": 1, "router_z": 0.1},
+        {"experts": 5, "top_k": 1, "router": "sinkhorn", "expert": "mlp", "shared_experts": 1, "router_z": 0.1},
         {"router": {"kind": "top_k", "order": "top_k_then_softmax"}},
     ],
     "mlp": [{}, {"activation": "relu2", "bias": True}],
-    "mamba": [{}, {"state_size": 5, "conv_width": 2, "inner_norm": True, "bias": True}, {"conv_width": 1}],
+    "mamba": [
+        {},
+        {"state_size": 5, "conv_width": 2, "inner_norm": True, "bias": True},
+        {"conv_width": 1, "inner_norm": "weightless"},
+    ],
     "mamba2": [
         {"state_size": 16},
         {

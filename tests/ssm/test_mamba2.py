@@ -7,7 +7,7 @@ from torch.nn.functional import silu, softplus
 
 import zoo
 from zoo.block import leaves, state_bytes, tags
-from zoo.ssm.gated_norm import GatedRMSNorm
+from zoo.layers.gated_norm import GatedRMSNorm
 from zoo.ssm.mamba2 import Mamba2
 
 

@@ -14,7 +14,7 @@ from ops import ssd
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
-from zoo.ssm.gated_norm import GatedRMSNorm
+from zoo.layers.gated_norm import GatedRMSNorm
 
 
 class Mamba2State(NamedTuple):
@@ -68,7 +68,7 @@ class Mamba2(Block):
         for name, value in (("expand", expand), ("state_size", state_size), ("conv_width", conv_width)):
             integer(name, value)
         self.inner, self.state_size = expand * width, state_size
-        self.head_dim, self.heads, self.groups = _heads(self.inner, head_dim, groups)
+        self.head_dim, self.heads, self.groups = fit_heads(self.inner, head_dim, groups)
         norm_groups = self.groups if norm_groups is None else integer("norm_groups", norm_groups)
         if self.inner % norm_groups:
             raise ValueError(
@@ -154,7 +154,7 @@ def _mask(x: Float[Tensor, "batch time width"], segments: Int[Tensor, "batch tim
     return x if segments is None else torch.where((segments != 0)[..., None], x, 0)
 
 
-def _heads(inner: int, head_dim: int | None, groups: int) -> tuple[int, int, int]:
+def fit_heads(inner: int, head_dim: int | None, groups: int) -> tuple[int, int, int]:
     """head_dim, heads and groups that fit together, or an error that says which would."""
     integer("groups", groups)
     if inner % groups:
