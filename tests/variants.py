@@ -148,6 +148,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 5, "measure": "lagt", "outputs": 3, "fixed": True, "gated": True, "learning_rate": None},
     ],
     "liquid_s4": [{"state_size": 8}, {"state_size": 6, "degree": 3, "kernel": "kb", "gated": False}],
+    "s5": [
+        {"state_size": 16, "blocks": 2},
+        {"state_size": 6, "blocks": 1, "discretisation": "bilinear", "gate": "full", "clip": False},
+    ],
+    "gss": [{"state_size": 16}, {"state_size": 5, "hidden": 20, "reduced": 7, "bias": True, "activation": "silu"}],
     "dss": [
         {"state_size": 3, "length": 20},  # shorter than the laws' sequences
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},

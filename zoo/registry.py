@@ -32,6 +32,8 @@ KINDS: dict[str, str] = {
     "lssl": "zoo.ssm.lssl:LSSL",
     "s4": "zoo.ssm.s4:S4",
     "liquid_s4": "zoo.ssm.liquid_s4:LiquidS4",
+    "s5": "zoo.ssm.s5:S5",
+    "gss": "zoo.ssm.gss:GSS",
     "mamba": "zoo.ssm.mamba:Mamba",
     "mamba2": "zoo.ssm.mamba2:Mamba2",
     # recurrence

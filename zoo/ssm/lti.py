@@ -66,7 +66,7 @@ class LTI(nn.Module):
         """The system of this call from the parameters, float32 at least; the hooks below get it as `system`."""
         raise NotImplementedError(f"{type(self).__name__} defines no discrete")
 
-    def filter(self, system: Any, length: int) -> Float[Tensor, "outputs length"]:
+    def filter(self, system: Any, length: int) -> Float[Tensor, "outputs ... length"]:
         """K_l = C Āˡ B̄ for l = 0 ... length - 1, without D."""
         raise NotImplementedError(f"{type(self).__name__} defines no filter")
 
@@ -109,7 +109,7 @@ class LTI(nn.Module):
         """The real dtype h is kept in for activations of `dtype`."""
         return torch.promote_types(dtype, torch.float32)
 
-    def kernel(self, length: int) -> Float[Tensor, "outputs length"]:
+    def kernel(self, length: int) -> Float[Tensor, "outputs ... length"]:
         """K_l = C Āˡ B̄, l = 0 ... length - 1: the answer to a unit impulse, without D."""
         return self.filter(self.discrete(), length)
 
@@ -163,21 +163,21 @@ class LTI(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         kernel = self.filter(system, u.shape[1])
         if h is None:
-            return long_conv(self._spread(u), kernel, self.D, segments=segments), None
+            return self.convolve(u, kernel, segments=segments), None
         batch, time, _ = u.shape
         response = self.respond(system, h, time)
         wide = u.to(kernel.dtype)
         if segments is None:
             count = torch.full((batch,), time, device=u.device)
             after = self.advance(system, h, count, time) + self.absorb(system, wide)
-            y = long_conv(self._spread(u), kernel, self.D, response=response.to(kernel.dtype))
+            y = self.convolve(u, kernel, response.to(kernel.dtype))
             return y, after
         found = seg.runs(segments)
         # The state belongs to the row's first document; its answer counts the tokens of that document.
         place = (found.valid.long().cumsum(1) - 1).clamp_min(0)[..., None].expand_as(response)
         response = torch.where((found.run == 1)[..., None], response.gather(1, place), 0)
         response = response.to(kernel.dtype)
-        y = long_conv(self._spread(u), kernel, self.D, response=response, segments=segments)
+        y = self.convolve(u, kernel, response, segments)
         # The last document's tokens, moved to the end: what stands before them is zero.
         documents = found.run.amax(1)
         last = found.valid & (found.run == documents[:, None])
@@ -209,6 +209,12 @@ class LTI(nn.Module):
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         y, after = self.scan(system, wide, h, segments)
         return self._skip(y, wide).to(u.dtype), after
+
+    def convolve(
+        self, u: Tensor, kernel: Tensor, response: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Σ_s K_s u_{t-s} + D u_t + response_t within each document, in u's dtype."""
+        return long_conv(self._spread(u), kernel, self.D, response=response, segments=segments)
 
     def _skip(self, y: Tensor, u: Tensor) -> Tensor:
         return y if self.D is None else y + self.D.to(u.dtype) * self._spread(u)
@@ -300,9 +306,7 @@ class DiagonalLTI(LTI):
         return 2 * y if self.conjugate else y
 
 
-def powers(
-    log_a: Complex[Tensor, "channels n"], exponents: Int[Tensor, " k"]
-) -> Complex[Tensor, "channels n k"]:  # fmt: skip
+def powers(log_a: Complex[Tensor, "*channels n"], exponents: Int[Tensor, " k"]) -> Complex[Tensor, "*channels n k"]:
     """exp(k log_a). The angle is reduced in float64: after 10⁵ tokens float32 would have lost its digits."""
     size = torch.exp(log_a.real[..., None] * exponents)
     angle = torch.remainder(log_a.imag.double()[..., None] * exponents, 2 * torch.pi)
