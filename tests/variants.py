@@ -44,6 +44,10 @@ VARIANTS: dict[str, list[dict]] = {
             "conv_bias": False,
         },
     ],
+    "mamba3": [
+        {"state_size": 8},
+        {"state_size": 7, "head_dim": 12, "groups": 2, "rank": 2, "rope_fraction": 1.0, "out_norm": True},
+    ],
     "linformer": [
         {},
         {"sharing": "layerwise", "layers": 2, "hidden": 30, "projected": 5},

@@ -36,6 +36,7 @@ KINDS: dict[str, str] = {
     "gss": "zoo.ssm.gss:GSS",
     "mamba": "zoo.ssm.mamba:Mamba",
     "mamba2": "zoo.ssm.mamba2:Mamba2",
+    "mamba3": "zoo.ssm.mamba3:Mamba3",
     # recurrence
     "rwkv4": "zoo.recurrent.rwkv4:RWKV4",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
