@@ -146,6 +146,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 4},
         {"state_size": 6, "init": "legs", "discretisation": "bilinear", "gated": False, "activation": "silu"},
     ],
+    "h3": [
+        {"state_size": 4, "shift_size": 6},
+        {"head_dim": 3, "state_size": 6, "shift_size": 1, "init": "legs", "discretisation": "zoh"},
+    ],
+    "bigs": [{"state_size": 8}, {"expand": 2, "state_size": 5, "init": "inv", "activation": "gelu_tanh"}],
     "s4": [{"state_size": 8}],
     "lssl": [
         {"state_size": 7},
