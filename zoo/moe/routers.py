@@ -19,6 +19,7 @@ from zoo.layers.spelling import nearest
 
 ROUTERS: dict[str, str] = {
     "top_k": "zoo.moe.router_top_k:TopK",
+    "sinkhorn": "zoo.moe.router_sinkhorn:Sinkhorn",
 }
 
 

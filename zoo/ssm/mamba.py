@@ -34,7 +34,8 @@ class Mamba(Block):
     biases are kept out of weight decay.
 
     `dt_rank`: rank of dt's projection, default ceil(width / 16). `bias`: of W_in and W_out. `conv_bias`: of the
-    convolution over `conv_width` tokens. `inner_norm`: RMSNorm on dt, B and C, as in Jamba (2403.19887, section 6.4).
+    convolution over `conv_width` tokens. `inner_norm`: RMSNorm on dt, B and C, as in Jamba (2403.19887, section 6.4);
+    "weightless" has no parameters (Falcon Mamba, 2410.05355).
 
     Cost (T tokens, D = width, b bytes a number):
         train time: O(T D inner + T inner state_size)
@@ -55,7 +56,7 @@ class Mamba(Block):
         dt_max: float = 1e-1,
         bias: bool = False,
         conv_bias: bool = True,
-        inner_norm: bool = False,
+        inner_norm: bool | str = False,
     ):
         super().__init__(width)
         dt_rank = -(-width // 16) if dt_rank is None else dt_rank
@@ -70,9 +71,7 @@ class Mamba(Block):
         self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
         self.conv = ShortConvolution(inner, conv_width, bias=conv_bias)
         self.x_proj = nn.Linear(inner, dt_rank + 2 * state_size, bias=False)
-        self.dt_norm = RMSNorm(dt_rank) if inner_norm else nn.Identity()
-        self.B_norm = RMSNorm(state_size) if inner_norm else nn.Identity()
-        self.C_norm = RMSNorm(state_size) if inner_norm else nn.Identity()
+        self.dt_norm, self.B_norm, self.C_norm = (_norm(inner_norm, size) for size in (dt_rank, state_size, state_size))
         self.dt_proj = nn.Linear(dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -145,6 +144,14 @@ class Mamba(Block):
     def _initial(self, state: MambaState, x: Tensor) -> MambaState:
         """What a row begins another document with, in the given state's own dtypes."""
         return self.init_state(x.shape[0], device=x.device, dtype=state.conv.dtype)
+
+
+def _norm(inner_norm: bool | str, width: int) -> nn.Module:
+    if isinstance(inner_norm, bool):
+        return RMSNorm(width) if inner_norm else nn.Identity()
+    if inner_norm != "weightless":
+        raise ValueError(f"inner_norm={inner_norm!r} must be true, false or 'weightless'")
+    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
 
 
 def _mask(x: Float[Tensor, "batch time width"], segments: Int[Tensor, "batch time"] | None) -> Tensor:
