@@ -30,6 +30,21 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 5, "conv_width": 2, "inner_norm": True, "bias": True},
         {"conv_width": 1, "inner_norm": "weightless"},
     ],
+    "bst": [
+        {"block": 8, "ssm": {"kind": "s4d", "state_size": 4}},
+        {
+            "mode": "mh",
+            "block": 5,
+            "heads": 2,
+            "ssm": {"kind": "s4d", "state_size": 4, "skip": False},
+            "position": {"kind": "alibi"},
+        },
+        {"mode": "mf", "block": 6, "heads": 2, "states": 3, "ssm": {"kind": "s4d", "state_size": 4}, "position": None},
+    ],
+    "dense_mamba": [
+        {"layers": 3, "state_size": 3, "projection": "linear"},
+        {"layers": 2, "state_size": 3, "fusion": "concat", "conv_width": 2, "bias": True, "gate_rank": 5},
+    ],
     "mamba2": [
         {"state_size": 16},
         {

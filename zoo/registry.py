@@ -36,6 +36,8 @@ KINDS: dict[str, str] = {
     "gss": "zoo.ssm.gss:GSS",
     "mamba": "zoo.ssm.mamba:Mamba",
     "mamba2": "zoo.ssm.mamba2:Mamba2",
+    "bst": "zoo.ssm.bst:BST",
+    "dense_mamba": "zoo.ssm.dense_mamba:DenseMamba",
     "h3": "zoo.ssm.h3:H3",
     "bigs": "zoo.ssm.bigs:BiGS",
     "mamba3": "zoo.ssm.mamba3:Mamba3",
