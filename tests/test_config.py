@@ -125,18 +125,47 @@ def test_a_config_keeps_its_own_copy():
     assert config.blocks()[0].options == {"hidden": 4}
 
 
-# Parameters of the released checkpoints, as their repositories' safetensors hold them (tied heads counted once).
+# Parameters of the released checkpoints, as their repositories' safetensors hold them (tied heads counted once), or as
+# transformers' own model of the released configuration has them.
 PUBLISHED = {
     "mamba-130m": 129_135_360,
     "mamba-370m": 371_516_416,
     "mamba-790m": 793_204_224,
     "mamba-1.4b": 1_372_178_432,
     "mamba-2.8b": 2_768_345_600,
+    "mamba2-130m": 128_989_632,
+    "mamba2-370m": 368_346_624,
+    "mamba2-780m": 780_161_280,
+    "mamba2-1.3b": 1_343_757_312,
+    "mamba2-2.7b": 2_702_599_680,
+    "codestral-mamba-7b": 7_285_403_648,
+    "falcon-mamba-7b": 7_272_665_088,
+    "bamba-9b": 9_780_235_392,
+    "jamba-v0.1": 51_570_323_328,
+    "blackmamba-2.8b": 2_783_213_584 - 1472,  # its last norm has a bias, which ours, the blocks' RMSNorm, has not
     "rwkv4-169m": 169_342_464,
     "rwkv4-430m": 430_397_440,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
+}
+
+# Parameters in total and those one token uses, as papers round them; the last says whether they count embeddings.
+ROUNDED = {
+    "blackmamba-1.5b": (1.5e9, 340e6, True),
+    "blackmamba-2.8b": (2.8e9, 630e6, True),
+    "jamba-v0.1": (52e9, 12e9, True),
+    "moe-mamba-25m": (542e6, 26e6, False),
+    "moe-mamba-100m": (2439e6, 117e6, False),
+    "bst-200m": (200e6, 200e6, True),
+}
+
+# width, layers, layers with attention of the released H3 hybrids.
+H3_HYBRIDS = {
+    "h3-hybrid-125m": (768, 12, [6]),
+    "h3-hybrid-355m": (1024, 24, [8, 16]),
+    "h3-hybrid-1.3b": (2048, 24, [8, 16]),
+    "h3-hybrid-2.7b": (2560, 32, [10, 21]),
 }
 
 
@@ -145,9 +174,96 @@ def test_presets_have_their_published_size(name):
     assert describe_model(zoo.preset(name))["total"] == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ROUNDED)
+def test_presets_have_their_published_rounded_size(name):
+    """To 3 percent: 1.458 billion is called 1.5."""
+    total, active, embeddings = ROUNDED[name]
+    facts = describe_model(zoo.preset(name))
+    outside = 0 if embeddings else sum(facts["parameters"].get(part, 0) for part in ("embedding", "head"))
+    assert facts["total"] - outside == pytest.approx(total, rel=0.03)
+    assert facts["active"] - outside == pytest.approx(active, rel=0.03)
+
+
+# The released configurations, for transformers' own models.
+CONFIGURATIONS = {
+    **{
+        f"mamba2-{size}": (
+            "Mamba2",
+            {"vocab_size": 50288, "hidden_size": width, "num_hidden_layers": layers, "num_heads": width // 32}
+            | {"head_dim": 64, "n_groups": 1, "tie_word_embeddings": True},
+        )
+        for size, width, layers in (
+            ("130m", 768, 24), ("370m", 1024, 48), ("780m", 1536, 48), ("1.3b", 2048, 48), ("2.7b", 2560, 64)
+        )
+    },
+    "codestral-mamba-7b": ("Mamba2", {"hidden_size": 4096, "num_heads": 128, "n_groups": 8, "num_hidden_layers": 64}),
+    "falcon-mamba-7b": (
+        "FalconMamba",
+        {"vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 64, "tie_word_embeddings": False},
+    ),
+    "bamba-9b": ("Bamba", {"vocab_size": 128256, "attn_layer_indices": [9, 18, 27], "mamba_d_state": 128}),
+    "jamba-v0.1": ("Jamba", {}),  # its defaults
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_presets_are_as_large_as_transformers_models(name):
+    import transformers
+
+    kind, options = CONFIGURATIONS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options))
+    assert count(model) == PUBLISHED[name]
+
+
+def test_attention_stands_where_the_released_hybrids_have_it():
+    layers = [spec.kind for spec in zoo.preset("bamba-9b").blocks()][::2]
+    assert [index for index, kind in enumerate(layers) if kind == "gqa"] == [9, 18, 27]
+    from transformers import JambaConfig
+
+    theirs, stack = JambaConfig(), zoo.preset("jamba-v0.1").blocks()
+    mixers, units = [spec.kind for spec in stack[::2]], [spec.kind for spec in stack[1::2]]
+    assert mixers == [{"attention": "gqa", "mamba": "mamba"}[kind] for kind in theirs.layers_block_type]
+    assert units == ["moe" if experts > 1 else "swiglu" for experts in theirs.layers_num_experts]
+
+
+def test_mambaformer_is_as_large_as_its_authors():
+    """2402.04248's standard model: a Mamba block, then 12 times attention with biases and Mamba, LayerNorm before each
+    and at the end; Mamba blocks as transformers counts them."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    with torch.device("meta"):
+        mamba = count(MambaMixer(MambaConfig(hidden_size=256), 0))
+        attention = count(torch.nn.MultiheadAttention(256, 8))
+    norms = 26 * 2 * 256
+    facts = describe_model(zoo.preset("mambaformer"))
+    assert facts["total"] - facts["parameters"]["embedding"] == 13 * mamba + 12 * attention + norms
+    kinds = [spec.kind for spec in zoo.preset("mambaformer").blocks()]
+    assert kinds == ["mamba"] + 12 * ["gqa", "mamba"]
+
+
+@pytest.mark.parametrize("name", H3_HYBRIDS)
+def test_h3_hybrids_are_as_large_as_the_released(name):
+    """Counted from the released code: GPT-2's embedding (padded to 50264), in each layer two LayerNorms, an MLP of 4
+    width, and attention or H3: four projections, shift systems (B, C: 64 each, D), diagonal systems (B, C complex: 32
+    each, A complex: 32, a step, D) for each feature; all projections have biases."""
+    width, layers, attention = H3_HYBRIDS[name]
+    projections = 4 * (width * width + width)
+    h3 = projections + width * ((64 + 64 + 1) + (2 * 32 + 2 * 32 + 2 * 32 + 1 + 1))
+    mlp = 2 * 4 * width * width + 4 * width + width
+    norms = 2 * 2 * width
+    total = 50264 * width + layers * (mlp + norms) + 2 * width
+    total += len(attention) * projections + (layers - len(attention)) * h3
+    assert describe_model(zoo.preset(name))["total"] == total
+    assert total == pytest.approx({"m": 1e6, "b": 1e9}[name[-1]] * float(name[10:-1]), rel=0.025)
+    mixers = [spec.kind for spec in zoo.preset(name).blocks()[::2]]
+    assert mixers == ["gqa" if layer in attention else "h3" for layer in range(layers)]
+
+
 def test_every_published_preset_is_tested_and_mixtral_uses_12_9b():
     ours = {name for name in zoo.presets() if name.startswith("stdlib-")}
-    assert set(zoo.presets()) - ours == set(PUBLISHED)
+    assert set(zoo.presets()) - ours == {*PUBLISHED, *ROUNDED, *H3_HYBRIDS, "mambaformer"}
     assert describe_model(zoo.preset("mixtral-8x7b"))["active"] == 12_879_925_248
     with pytest.raises(ValueError, match=r"unknown preset 'mamba-130' \(did you mean 'mamba-130m'\?\)"):
         zoo.preset("mamba-130")
