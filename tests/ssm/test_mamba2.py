@@ -1,5 +1,8 @@
 """Mamba-2 against transformers' mixers, and the places where implementations differ."""
 
+from importlib import import_module
+from inspect import signature
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +44,13 @@ def exact(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(torch.Tensor, "to", stay)
+
+
+def their_norm(kind: str) -> dict[str, int]:
+    """Ours like the gated norm of the transformers installed: older ones had one norm over all groups."""
+    module = import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    norm = module.MambaRMSNormGated if kind == "Mamba2" else module.BambaRMSNormGated
+    return {} if "group_size" in signature(norm).parameters else {"norm_groups": 1}
 
 
 def their_mamba2(ours: Mamba2, **options):
@@ -91,7 +101,7 @@ def equal(ours: Mamba2, mixer: nn.Module, time: int) -> None:
     ],
 )
 def test_equals_transformers_mamba2(time, options):
-    ours = randomised(Mamba2(20, state_size=7, **options)).double()
+    ours = randomised(Mamba2(20, state_size=7, **options, **their_norm("Mamba2"))).double()
     limit = {"time_step_limit": options["dt_limit"]} if "dt_limit" in options else {}
     equal(ours, their_mamba2(ours, **limit)[0], time)
 
@@ -101,7 +111,7 @@ def test_equals_transformers_bamba():
     from transformers import BambaConfig
     from transformers.models.bamba.modeling_bamba import BambaMixer
 
-    ours = randomised(Mamba2(24, state_size=6, head_dim=8, groups=2)).double()
+    ours = randomised(Mamba2(24, state_size=6, head_dim=8, groups=2, **their_norm("Bamba"))).double()
     config = BambaConfig(
         hidden_size=24,
         num_hidden_layers=1,
@@ -121,7 +131,7 @@ def test_decoding_equals_transformers():
     """A prompt, then one token at a time, each with its cache."""
     from transformers import DynamicCache
 
-    ours = randomised(Mamba2(20, state_size=7, groups=2, conv_width=3)).double()
+    ours = randomised(Mamba2(20, state_size=7, groups=2, conv_width=3, **their_norm("Mamba2"))).double()
     mixer, config = their_mamba2(ours)
     x = torch.randn(2, 9, 20, dtype=torch.float64)
     cache, state = DynamicCache(config=config), ours.init_state(2)
@@ -130,7 +140,7 @@ def test_decoding_equals_transformers():
             expected = mixer(x[:, start:end], cache_params=cache)
             y, state, _ = ours(x[:, start:end], state)
             torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
-        theirs = cache.get_recurrent_state(0)  # [batch, heads, head_dim, state_size]
+        theirs = cache.layers[0].recurrent_states[0]  # [batch, heads, head_dim, state_size]
         torch.testing.assert_close(state.ssd, theirs.mT, rtol=1e-10, atol=1e-10)
 
 
