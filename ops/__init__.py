@@ -5,6 +5,7 @@ Importing this module imports no kernel and no compiler: triton and numba are im
 
 from ops.attention import attention
 from ops.causal_conv1d import causal_conv1d
+from ops.delta_rule import delta_rule
 from ops.dispatch import Explanation, explain, use
 from ops.grouped_mm import grouped_mm
 from ops.linear_attention import linear_attention
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "cauchy",
     "causal_conv1d",
+    "delta_rule",
     "explain",
     "grouped_mm",
     "linear_attention",

@@ -57,7 +57,7 @@ class _Pairs(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor | None, k: Tensor | None, log_decay: Tensor, read: Tensor, itself: bool) -> Any:
-        shape = log_decay.shape if q is None else torch.broadcast_shapes(q.shape, log_decay.shape)
+        shape = torch.broadcast_shapes(*(each.shape for each in (q, k, log_decay) if each is not None))
         seen = log_decay.new_zeros(*shape[:-1], shape[-2])
         if itself:
             diagonal = torch.diagonal(seen, dim1=-2, dim2=-1)
@@ -93,8 +93,8 @@ class _Pairs(Function):
             query = after if q is None else after * _halves(q, size)[1]
             key = before if k is None else before * _halves(k, size)[0]
             dquery, dkey = corner @ key, corner.mT @ query
-            upper.add_(dquery * query)
-            lower.add_(dkey * key)
+            upper.add_((dquery * query).sum_to_size(upper.shape))
+            lower.add_((dkey * key).sum_to_size(lower.shape))
             if dq is not None and dk is not None:
                 upper, lower = _halves(dq, size)[1], _halves(dk, size)[0]
                 upper.add_((dquery * after).sum_to_size(upper.shape))
@@ -108,16 +108,16 @@ def _meet(sums: Sums) -> tuple[Tensor, Tensor]:
 
 
 def pairs(
-    q: Float[Tensor, "*rest #heads c d"] | None,
-    k: Float[Tensor, "*rest #heads c d"] | None,
-    log_decay: Float[Tensor, "*rest heads c d"],
-    read: Float[Tensor, "*rest heads c d"],
+    q: Float[Tensor, "*#rest #heads c d"] | None,
+    k: Float[Tensor, "*#rest #heads c d"] | None,
+    log_decay: Float[Tensor, "*#rest #heads c d"],
+    read: Float[Tensor, "*#rest #heads c d"],
     itself: bool,
 ) -> tuple[
-    Float[Tensor, "*rest heads c c"],
-    Float[Tensor, "*rest heads c d"],
-    Float[Tensor, "*rest heads c d"],
-    Float[Tensor, "*rest heads 1 d"],
+    Float[Tensor, "*#rest #heads c c"],
+    Float[Tensor, "*#rest #heads c d"],
+    Float[Tensor, "*#rest #heads c d"],
+    Float[Tensor, "*#rest #heads 1 d"],
 ]:
     """For log decays g <= 0 of the tokens of chunks, and r, what a token adds at its read-out to those before it (g
     itself when it reads after its decay, 0 when before):
@@ -125,6 +125,7 @@ def pairs(
     seen[t, s] = Σ_d q_t k_s exp(r_t + Σ_{s<j<t} g_j) for s < t and, with `itself`, q_t·k_t for s = t, else 0
     (without q and k: of ones, d being 1); then exp(r_t + Σ_{j<t} g_j), exp(Σ_{j>s} g_j), exp(Σ_j g_j).
 
-    q and k may have size 1 where log_decay has heads. O(c (c + d log c)) a chunk, forward and backward.
+    q, k and log_decay broadcast, but for c: q and k may have size 1 where log_decay has heads, log_decay where several
+    queries meet the same decays. O(c (c + d log c)) a chunk, forward and backward.
     """
     return _Pairs.apply(q, k, log_decay, read, itself)

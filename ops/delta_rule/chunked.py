@@ -1,0 +1,126 @@
+"""The delta rule in plain torch, for any device, in matrix products (2406.06484, section 3.2; 2412.06464, section 3.3;
+2510.26692, section 3): what the tokens of a chunk write depends on each other through a triangular system (the WY form
+of a product of rank-one changes), solved at once for all chunks and values; then one state a chunk is carried along.
+
+Every exponent is a sum of numbers below 0 (`ops.linear_attention.pairs`, by halves), so decays of any strength are
+safe, a log decay of -inf too: that is how a document's start forgets everything before it. Padding neither reads nor
+writes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ops.delta_rule.common import Rule, make_rule
+from ops.delta_rule.step import step
+from ops.linear_attention.common import full_precision, state_dtype
+from ops.linear_attention.pairs import pairs
+
+# Tokens, by the dimensions of the decay (0: none).
+CHUNK = {0: 64, 1: 64, 3: 64, 4: 32}
+
+
+def chunked(
+    q: Float[Tensor, "batch time groups k_dim"],
+    k: Float[Tensor, "batch time groups k_dim"],
+    v: Float[Tensor, "batch time heads v_dim"],
+    beta: Float[Tensor, "batch time heads"] | None = None,
+    log_decay: Float[Tensor, "..."] | None = None,
+    erase: tuple[Float[Tensor, "batch time heads k_dim"], Float[Tensor, "batch time heads k_dim"]] | None = None,
+    scale: float = 1.0,
+    initial_state: Float[Tensor, "batch heads k_dim v_dim"] | None = None,
+    segments: Int[Tensor, "batch time"] | None = None,
+) -> tuple[Float[Tensor, "batch time heads v_dim"], Float[Tensor, "batch heads k_dim v_dim"]]:
+    """See `ops.delta_rule`. Keeps the state before each chunk and the pairs within for the backward pass."""
+    if q.shape[1] == 1:
+        return step(q, k, v, beta, log_decay, erase, scale, initial_state, segments)
+    with full_precision(v.device):
+        dtype = state_dtype(q, k, v, beta, log_decay, initial_state, *(erase or ()))
+        rule = make_rule(q, k, v, beta, log_decay, erase, scale, segments, dtype, dtype)
+        batch, time, heads, v_dim = v.shape
+        wide = rule.log_decay is not None and rule.log_decay.shape[-1] > 1
+        chunk = min(CHUNK[4 if wide else 0 if rule.log_decay is None else 3], 1 << (time - 1).bit_length())
+        met = meet(split(rule, chunk))
+        state = met.b.new_zeros(batch, heads, q.shape[-1], v_dim) if initial_state is None else initial_state.to(dtype)
+        y, state = _carry(met, state)
+        y = rearrange(y, "n b h c v -> b (n c) h v")[:, :time]
+    return y.to(v.dtype), state
+
+
+def split(rule: Rule, chunk: int) -> Rule:
+    """Every part as [chunks, batch, heads, chunk, d], with zeros behind the end: nothing is read or written there."""
+
+    def one(each: Tensor | None) -> Tensor | None:
+        if each is None:
+            return None
+        each = pad(each, (0, 0, 0, 0, 0, -each.shape[1] % chunk))
+        return rearrange(each, "b (n c) h d -> n b h c d", c=chunk)
+
+    return Rule(*(one(each) for each in rule))  # pyright: ignore[reportArgumentType] (Nones stay where they are)
+
+
+class Met(NamedTuple):
+    """What is left of the chunks when their tokens have met: S is the state before the chunk.
+
+    u = new + a S;  y = seen u + own + q S;  the state behind it = total ⊙ S + bᵀ u + add.
+    """
+
+    q: Float[Tensor, "n b h c k"]
+    a: Float[Tensor, "n b h c k"]
+    b: Float[Tensor, "n b h c k"]
+    new: Float[Tensor, "n b h c v"]
+    seen: Float[Tensor, "n b h c c"]
+    own: Float[Tensor, "n b h c v"] | None
+    add: Float[Tensor, "n b h k v"] | None
+    total: Float[Tensor, "n #b #h #k 1"] | None
+
+
+def meet(rule: Rule) -> Met:
+    """The pairs within each chunk, and its triangular system solved: with A the strictly lower triangle of what a
+    token's `a` sees of earlier b, (I - A) u = w + a S."""
+    q, a, b, k = rule.q, rule.a, rule.b, rule.k
+    readers = torch.stack([q, a])[:, None]
+    writers = torch.stack([b] if k is None else [b, k])
+    if rule.log_decay is None:
+        seen, total = (readers @ writers.mT).tril(-1), None
+    else:
+        # Readers come before their own decay (see `common`), which is what the third argument says.
+        log_decay, before = rule.log_decay[None, None], torch.zeros_like(rule.log_decay)[None, None]
+        if log_decay.shape[-1] > 1:
+            seen, read, keep, total = pairs(readers, writers[None], log_decay, before, False)
+        else:
+            seen, read, keep, total = pairs(None, None, log_decay, before, False)
+            seen = seen * (readers @ writers.mT)
+        (q, a), writers = (readers * read).squeeze(1), (writers * keep[0])
+        b, k, total = writers[0], None if k is None else writers[1], total[0, 0].mT
+    seen_q, seen_a = seen.unbind()
+    system, w, own, add = seen_a[0], rule.w, None, None
+    if k is not None and rule.v is not None and rule.qk is not None:
+        w, own, add = seen_a[1] @ rule.v, seen_q[1] @ rule.v + rule.qk * rule.v, k.mT @ rule.v
+    assert w is not None
+    # Substitution, not a product of powers: those of equal keys grow like binomials and cancel.
+    solved = torch.linalg.solve_triangular(-system, torch.cat([w, a], -1), upper=False, unitriangular=True)
+    new, a = solved.split([w.shape[-1], a.shape[-1]], -1)
+    return Met(q, a, b, new, seen_q[0] + torch.diag_embed(rule.qb.squeeze(-1)), own, add, total)
+
+
+def _carry(met: Met, state: Float[Tensor, "b h k v"]) -> tuple[Float[Tensor, "n b h c v"], Float[Tensor, "b h k v"]]:
+    """y and the final state: the only part that goes chunk by chunk."""
+    chunk = met.q.shape[-2]
+    reads, us = [], []
+    for n, reader in enumerate(torch.cat([met.a, met.q], -2).unbind()):
+        held, read = (reader @ state).split(chunk, -2)
+        u = met.new[n] + held
+        if met.total is not None:
+            state = met.total[n] * state
+        state = state + met.b[n].mT @ u
+        if met.add is not None:
+            state = state + met.add[n]
+        reads.append(read)
+        us.append(u)
+    y = torch.stack(reads) + met.seen @ torch.stack(us)
+    return y if met.own is None else y + met.own, state
