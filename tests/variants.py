@@ -181,4 +181,5 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 3, "length": 20},  # shorter than the laws' sequences
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},
     ],
+    "rg_lru": [{}, {"inner": 30, "heads": 5, "conv_width": 1, "c": 2.0, "decay_min": 0.2, "bias": False}],
 }

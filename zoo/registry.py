@@ -43,6 +43,7 @@ KINDS: dict[str, str] = {
     "mamba3": "zoo.ssm.mamba3:Mamba3",
     # recurrence
     "rwkv4": "zoo.recurrent.rwkv4:RWKV4",
+    "rg_lru": "zoo.recurrent.rg_lru:RGLRU",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
