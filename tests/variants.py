@@ -30,6 +30,11 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 5, "conv_width": 2, "inner_norm": True, "bias": True},
         {"conv_width": 1, "inner_norm": "weightless"},
     ],
+    "hyena": [
+        {},
+        {"order": 3, "length": 20, "conv_width": 1, "filter_width": 8, "filter_layers": 0, "bands": 1, "window": None},
+    ],
+    "hyena_modal": [{}, {"order": 3, "modes": 3, "conv_width": 2}],
     "bst": [
         {"block": 8, "ssm": {"kind": "s4d", "state_size": 4}},
         {

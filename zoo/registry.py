@@ -35,6 +35,8 @@ KINDS: dict[str, str] = {
     "s5": "zoo.ssm.s5:S5",
     "gss": "zoo.ssm.gss:GSS",
     "mamba": "zoo.ssm.mamba:Mamba",
+    "hyena": "zoo.ssm.hyena:Hyena",
+    "hyena_modal": "zoo.ssm.hyena_modal:HyenaModal",
     "mamba2": "zoo.ssm.mamba2:Mamba2",
     "bst": "zoo.ssm.bst:BST",
     "dense_mamba": "zoo.ssm.dense_mamba:DenseMamba",
