@@ -187,4 +187,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},
     ],
     "rg_lru": [{}, {"inner": 30, "heads": 5, "conv_width": 1, "c": 2.0, "decay_min": 0.2, "bias": False}],
+    "aft": [
+        {"window": 5, "heads": 3},
+        {"variant": "simple", "bias": True},
+        {"variant": "local", "window": 7, "length": 1504, "rank": 5},
+        {"variant": "full", "length": 1504, "rank": 6},
+        {"variant": "full", "length": 1504, "rank": 4, "bias": True, "causal": False},
+        {"window": 4, "heads": 2, "causal": False},
+    ],
 }

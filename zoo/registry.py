@@ -44,6 +44,7 @@ KINDS: dict[str, str] = {
     "bigs": "zoo.ssm.bigs:BiGS",
     "mamba3": "zoo.ssm.mamba3:Mamba3",
     # recurrence
+    "aft": "zoo.recurrent.aft:AFT",
     "rwkv4": "zoo.recurrent.rwkv4:RWKV4",
     "rg_lru": "zoo.recurrent.rg_lru:RGLRU",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
