@@ -125,8 +125,8 @@ def test_a_config_keeps_its_own_copy():
     assert config.blocks()[0].options == {"hidden": 4}
 
 
-# Parameters of the released checkpoints, as their repositories' safetensors hold them (tied heads counted once), or as
-# transformers' own model of the released configuration has them.
+# Parameters of the released checkpoints, as their repositories' safetensors hold them (tied heads counted once), as
+# transformers' own model of the released configuration has them, or, for RetNet and GLA, counted from that by hand.
 PUBLISHED = {
     "mamba-130m": 129_135_360,
     "mamba-370m": 371_516_416,
@@ -145,6 +145,8 @@ PUBLISHED = {
     "blackmamba-2.8b": 2_783_213_584 - 1472,  # its last norm has a bias, which ours, the blocks' RMSNorm, has not
     "rwkv4-169m": 169_342_464,
     "rwkv4-430m": 430_397_440,
+    "retnet-1.3b": 1_351_727_104,
+    "gla-1.3b": 1_365_514_240,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,

@@ -187,6 +187,13 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},
     ],
     "rg_lru": [{}, {"inner": 30, "heads": 5, "conv_width": 1, "c": 2.0, "decay_min": 0.2, "bias": False}],
+    "retnet": [
+        {},
+        {"heads": 3, "key_dim": 12, "value_dim": 36, "decay": "linspace", "position": None}
+        | {"norm": "rms", "norm_affine": True},
+    ],
+    "gla": [{}, {"heads": 3, "key_dim": 6, "value_dim": 15, "gate_rank": 2, "temperature": 1.0}],
+    "hgrn2": [{}, {"head_dim": 4, "layer": 2, "layers": 6}],
     "aft": [
         {"window": 5, "heads": 3},
         {"variant": "simple", "bias": True},

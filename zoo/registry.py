@@ -47,6 +47,9 @@ KINDS: dict[str, str] = {
     "aft": "zoo.recurrent.aft:AFT",
     "rwkv4": "zoo.recurrent.rwkv4:RWKV4",
     "rg_lru": "zoo.recurrent.rg_lru:RGLRU",
+    "retnet": "zoo.recurrent.retnet:RetNet",
+    "gla": "zoo.recurrent.gla:GLA",
+    "hgrn2": "zoo.recurrent.hgrn2:HGRN2",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
