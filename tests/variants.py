@@ -194,6 +194,9 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "gla": [{}, {"heads": 3, "key_dim": 6, "value_dim": 15, "gate_rank": 2, "temperature": 1.0}],
     "hgrn2": [{}, {"head_dim": 4, "layer": 2, "layers": 6}],
+    "delta_net": [{"heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_width": 2, "negative_eigenvalues": True}],
+    "gated_delta_net": [{}, {"heads": 4, "key_heads": 2, "head_dim": 5, "value_head_dim": 3, "conv_width": 1}],
+    "kda": [{"heads": 3, "value_head_dim": 5, "rank": 4, "gate_bias": True, "conv_width": 2}],
     "aft": [
         {"window": 5, "heads": 3},
         {"variant": "simple", "bias": True},

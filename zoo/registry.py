@@ -50,6 +50,9 @@ KINDS: dict[str, str] = {
     "retnet": "zoo.recurrent.retnet:RetNet",
     "gla": "zoo.recurrent.gla:GLA",
     "hgrn2": "zoo.recurrent.hgrn2:HGRN2",
+    "delta_net": "zoo.recurrent.delta_net:DeltaNet",
+    "gated_delta_net": "zoo.recurrent.gated_delta_net:GatedDeltaNet",
+    "kda": "zoo.recurrent.kda:KDA",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
