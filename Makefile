@@ -22,10 +22,11 @@ run: export MALLOC_TOP_PAD_ = 268435456
 run: .venv/.installed
 	@$(BIN)/python -m train.demo
 
-# One thread a process: the tests' tensors are small, and two processes use two cores better than two threads do.
+# One thread a process: the tests' tensors are small, and two processes use two cores better than two threads do. A process
+# that has run out of tests takes some of the other's: a few of them run for minutes.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.installed-test lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
