@@ -4,13 +4,10 @@
 tests/test_laws_can_fail.py shows for each law a block that breaks it.
 """
 
-import contextlib
 import inspect
 import io
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load as load_safetensors
@@ -19,8 +16,19 @@ from torch import Tensor
 
 import ops
 import zoo
-from ops.dispatch import Op
-from tests.measure import BATCH, LENGTHS, TIME, WIDTH, close, gradients, inputs, place, run_chunks, same_gradients
+from tests.measure import (
+    BATCH,
+    LENGTHS,
+    TIME,
+    WIDTH,
+    close,
+    gradients,
+    implementations_met,
+    inputs,
+    place,
+    run_chunks,
+    same_gradients,
+)
 from zoo.block import Block, leaves, map_state, move, repeat, select, snapshot, state_bytes
 
 Make = Callable[[torch.dtype], Block]
@@ -307,21 +315,6 @@ def implementations(make: Make, dtype: torch.dtype) -> None:
             with ops.use(name):
                 for key, value in outcome(given):
                     close(value, wanted[key], dtype, f"{name}, {key}", scale=1 if key == "y" else 10)
-
-
-@contextlib.contextmanager
-def implementations_met() -> Iterator[set[str]]:
-    """The names of all implementations of the ops that are called inside."""
-    met: set[str] = set()
-    plan = Op.plan
-
-    def noted(self: Op, *arguments: Any) -> Any:
-        met.update(self.names)
-        return plan(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Op, "plan", noted)
-        yield met
 
 
 # Keeping --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,17 @@
 """What the laws measure with: inputs, chunked runs, gradients, padded layouts, and how near is near enough."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from ops.dispatch import Op
 from zoo.block import Block
 
 BATCH, TIME, WIDTH = 3, 37, 24
@@ -69,3 +76,44 @@ def place(x: Tensor, where: str, garbage: float = float("nan")) -> tuple[Tensor,
         padded[row, index] = x[row, :length]
         segments[row, index] = 1
     return padded, segments
+
+
+@contextlib.contextmanager
+def implementations_met() -> Iterator[set[str]]:
+    """The names of all implementations of the ops that are called inside."""
+    met: set[str] = set()
+    plan = Op.plan
+
+    def noted(self: Op, *arguments: Any) -> Any:
+        met.update(self.names)
+        return plan(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Op, "plan", noted)
+        yield met
+
+
+class Operations(TorchDispatchMode):
+    """Counts arithmetic and numbers written: 5/2 n log n for a real transform of n, 2 for a multiply-add of a matrix
+    product, else one for each number of an output that is not a view."""
+
+    count = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        mine = {
+            each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
+        }
+        for each in tree_leaves(out):
+            if not isinstance(each, torch.Tensor) or not each.numel():
+                continue
+            if name.startswith("_fft"):
+                real = each if name == "_fft_c2r" else args[0]
+                n = real.shape[args[1][0]]
+                self.count += 2.5 * real.numel() * math.log2(n)
+            elif name in ("mm", "addmm", "bmm"):
+                self.count += 2 * each.numel() * args[-2 if name != "addmm" else 1].shape[-1]
+            elif func._schema.is_mutable or each.untyped_storage().data_ptr() not in mine:
+                self.count += each.numel()
+        return out

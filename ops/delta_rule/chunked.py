@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from ops.delta_rule.common import Rule, make_rule
 from ops.delta_rule.step import step
-from ops.linear_attention.common import full_precision, state_dtype
 from ops.linear_attention.pairs import pairs
+from ops.precision import full_precision, state_dtype
 
 # Tokens, by the dimensions of the decay (0: none).
 CHUNK = {0: 64, 1: 64, 3: 64, 4: 32}

@@ -6,7 +6,7 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, einsum
 
-from ops.linear_attention.common import full_precision, state_dtype
+from ops.precision import full_precision, state_dtype
 from ops.segments import marks
 
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.delta_rule.common import make_rule
-from ops.linear_attention.common import full_precision, state_dtype
+from ops.precision import full_precision, state_dtype
 
 
 def step(

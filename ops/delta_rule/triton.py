@@ -21,7 +21,7 @@ from ops.delta_rule.chunked import split
 from ops.delta_rule.common import Rule, make_rule
 from ops.delta_rule.step import step
 from ops.dispatch import interpreting
-from ops.linear_attention.common import full_precision, state_dtype
+from ops.precision import full_precision, state_dtype
 
 # Every one is checked on a GPU; autotuning picks.
 CHUNK_CONFIGS = [(4, 2), (8, 2), (4, 1)]  # (warps, stages)

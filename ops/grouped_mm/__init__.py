@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.dispatch import Implementation, Op, refuse_triton
+from ops.precision import autocasting
 
 
 def _triton(**arguments: Any) -> Tensor:
@@ -54,9 +55,6 @@ def _refuse_torch(arguments: Any, forced: bool) -> str | None:
     return None
 
 
-# Devices that have autocast (meta has none). Asked once: older torch.compile cannot trace the question.
-AUTOCAST = frozenset(each for each in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(each))
-
 _op = Op(
     "grouped_mm",
     Implementation("triton", _triton, _refuse_triton),
@@ -95,11 +93,6 @@ def grouped_mm(
     if x.dtype != weight.dtype:
         raise TypeError(f"grouped_mm takes x and weight of one dtype, got {x.dtype} and {weight.dtype}; cast one")
     return _op(impl, x=x, weight=weight, sizes=sizes)
-
-
-def autocasting(device: torch.device) -> bool:
-    """Whether autocast is on for this device."""
-    return device.type in AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def _check(x: Tensor, weight: Tensor, sizes: Tensor) -> None:

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, einsum
 from torch.nn.functional import pad
 
-from ops.linear_attention.common import full_precision, state_dtype
 from ops.linear_attention.pairs import pairs
 from ops.linear_attention.step import step
+from ops.precision import full_precision, state_dtype
 from ops.segments import marks
 
 # Tokens, by the dimensions of the decay (0: none).

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.linear_attention.common import full_precision, state_dtype
+from ops.precision import full_precision, state_dtype
 
 
 def step(

@@ -17,8 +17,8 @@ from torch import Tensor
 from ops.dispatch import interpreting
 from ops.linear_attention import triton_backward as backward
 from ops.linear_attention import triton_forward as forward
-from ops.linear_attention.common import state_dtype
 from ops.linear_attention.step import step
+from ops.precision import state_dtype
 from ops.segments import marks
 
 # (values a block, warps, stages). Every one is checked on a GPU; autotuning picks.

@@ -1,17 +1,11 @@
 """What the implementations share."""
 
-from functools import reduce
-
 import torch
 from jaxtyping import Inexact, Int, UInt8
 from torch import Tensor
 
+from ops.precision import state_dtype
 from ops.segments import marks
-
-
-def state_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """The dtype h is summed in: float32 (complex64) at least, since it sums T updates and bfloat16 keeps 8 bits."""
-    return reduce(torch.promote_types, (each.dtype for each in inputs if each is not None), torch.float32)
 
 
 def prepare(

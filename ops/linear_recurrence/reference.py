@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Inexact, Int
 from torch import Tensor
 
-from ops.linear_recurrence.common import state_dtype
+from ops.precision import state_dtype
 from ops.segments import runs
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
+from ops.precision import state_dtype
 from ops.segments import marks
-from ops.selective_scan.common import state_dtype
 
 CHUNK = 16  # tokens
 CHUNKS = 8  # in a block

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ops.native_array import array
 from ops.native_threads import run_blocks
+from ops.precision import state_dtype
 from ops.segments import marks
 from ops.selective_scan import kernels
-from ops.selective_scan.common import state_dtype
 
 SMALL = 1 << 16  # state updates: below, one thread is done before a second has started
 

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import silu
 
+from ops.precision import state_dtype
 from ops.segments import marks
-from ops.selective_scan.common import state_dtype
 
 
 def reference(

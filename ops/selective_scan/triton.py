@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops.dispatch import interpreting
+from ops.precision import state_dtype
 from ops.segments import marks
 from ops.selective_scan import triton_kernels as kernels
-from ops.selective_scan.common import state_dtype
 
 CHUNK = 64  # tokens between two stored states
 BLOCKS = (64, 32, 16, 8)  # channels a program takes

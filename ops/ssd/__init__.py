@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ops import segments as seg
 from ops.linear_attention import linear_attention
-from ops.linear_attention.common import state_dtype
+from ops.precision import state_dtype
 
 
 def ssd(

@@ -10,8 +10,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ops.precision import full_precision
 from ops.ssm_kernel.autograd import cauchy_op, vandermonde_op
-from ops.ssm_kernel.common import full_precision, powers, split
+from ops.ssm_kernel.common import powers, split
 
 BLOCK = 1 << 20  # complex numbers in a temporary
 

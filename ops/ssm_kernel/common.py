@@ -1,14 +1,10 @@
 """What the implementations of `vandermonde` and `cauchy` share."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Complex
 from torch import Tensor
-
-# Devices that have autocast (meta has none). Asked once: older torch.compile cannot trace the question.
-_AUTOCAST = frozenset(each for each in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(each))
 
 
 class Powers(NamedTuple):
@@ -37,10 +33,3 @@ def powers(log_a: Complex[Tensor, "channels n"], length: int) -> Powers:
     place = torch.arange(max(starts, step), device=log_a.device, dtype=torch.float64)
     start, within = torch.exp(wide * (place[:starts] * step)), torch.exp(wide * place[:step])
     return Powers(start.to(log_a.dtype), within.to(log_a.dtype))
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """Turns autocast off: it would make the sums' products in bfloat16."""
-    if device.type in _AUTOCAST and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

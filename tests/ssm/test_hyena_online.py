@@ -5,9 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.measure import Operations
 from zoo.ssm import hyena_online as online
 from zoo.ssm.hyena import Hyena
 
@@ -57,32 +56,6 @@ def test_blocks_are_aligned_and_few():
             assert len(found) <= 2 * time.bit_length()
             ends = [begin + size for begin, size in found]
             assert online.lags(clock, time) == max(2 * math.gcd(end, 1 << 20) for end in ends)
-
-
-class Operations(TorchDispatchMode):
-    """Counts arithmetic and numbers written: 5/2 n log n for a real transform of n, 2 for a multiply-add of a matrix
-    product, else one for each number of an output that is not a view."""
-
-    count = 0.0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        mine = {
-            each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)
-        }
-        for each in tree_leaves(out):
-            if not isinstance(each, torch.Tensor) or not each.numel():
-                continue
-            if name.startswith("_fft"):
-                real = each if name == "_fft_c2r" else args[0]
-                n = real.shape[args[1][0]]
-                self.count += 2.5 * real.numel() * math.log2(n)
-            elif name in ("mm", "addmm", "bmm"):
-                self.count += 2 * each.numel() * args[-2 if name != "addmm" else 1].shape[-1]
-            elif func._schema.is_mutable or each.untyped_storage().data_ptr() not in mine:
-                self.count += each.numel()
-        return out
 
 
 def step_costs(start: int, steps: int) -> list[float]:

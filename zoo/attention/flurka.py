@@ -6,9 +6,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from zoo.attention.features import FEATURE_MAPS, RandomProjection, wide
-from zoo.attention.heads import heads_and_dim
 from zoo.attention.projected import Core, Projected, ProjectedAttention, TimeProjection, choose
 from zoo.layers.checks import integer
+from zoo.layers.heads import heads_and_dim
 
 KERNELS = (*FEATURE_MAPS, "favor")
 SHARING = ("none", "headwise", "key-value")

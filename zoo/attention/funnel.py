@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops import segments as seg
-from zoo.attention.heads import choose_heads
 from zoo.attention.relative import Relation, RelativeAttention, distances, sinusoids
 from zoo.block import Block, Out, State, each_document
 from zoo.layers.checks import integer, number
 from zoo.layers.ffn import MLP
+from zoo.layers.heads import choose_heads
 from zoo.layers.norm import LayerNorm
 from zoo.layers.spelling import nearest
 

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import attention
-from zoo.attention.heads import heads_and_dim
 from zoo.attention.kv_state import (
     KVState,
     RingState,
@@ -26,6 +25,7 @@ from zoo.attention.kv_state import (
 )
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer, number
+from zoo.layers.heads import heads_and_dim
 from zoo.layers.norm import norm
 from zoo.layers.position import ALiBi, Rotary
 from zoo.layers.position import position as make_position

@@ -5,10 +5,10 @@ from typing import cast
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from zoo.attention.heads import heads_and_dim
 from zoo.attention.projected import Projected, ProjectedAttention, SoftmaxCore, TimeProjection, choose
 from zoo.layers.checks import integer
 from zoo.layers.ffn import MLP, check_hidden
+from zoo.layers.heads import heads_and_dim
 from zoo.layers.norm import LayerNorm
 
 SHARING = ("none", "headwise", "key-value", "layerwise")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ops import attention
 from ops import segments as seg
-from zoo.attention.heads import choose_heads
 from zoo.block import Block, Out, State, each_document, tag
 from zoo.layers.checks import integer
+from zoo.layers.heads import choose_heads
 from zoo.layers.norm import norm as make_norm
 from zoo.layers.spelling import nearest
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.grouped_mm import autocasting
+from ops.precision import autocasting
 from zoo.block import Block, Out, State
 from zoo.layers.checks import integer, number
 from zoo.moe import losses

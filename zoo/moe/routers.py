@@ -7,14 +7,13 @@ line in `ROUTERS`.
 
 import importlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ops.grouped_mm import AUTOCAST
+from ops.precision import full_precision
 from zoo.layers.spelling import nearest
 
 ROUTERS: dict[str, str] = {
@@ -63,8 +62,7 @@ class Router(nn.Module):
     def logits(self, x: Float[Tensor, "batch time width"], weight: Tensor) -> Float[Tensor, "tokens experts"]:
         """x weightᵀ in float32 at least, under autocast too: bfloat16 logits of near-equal experts are ties."""
         exact = torch.promote_types(x.dtype, torch.float32)
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if kind in AUTOCAST else nullcontext():
+        with full_precision(x.device):
             return nn.functional.linear(x.reshape(-1, x.shape[-1]).to(exact), weight.to(exact))
 
 

@@ -2,7 +2,6 @@
 everything before."""
 
 from collections.abc import Mapping
-from math import gcd, log
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +13,7 @@ from ops import attention
 from ops import segments as seg
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer
+from zoo.layers.heads import choose_heads
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
 from zoo.layers.spelling import nearest
@@ -91,7 +91,7 @@ class BST(Block):
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is unknown{nearest(str(mode), MODES)}; choose from {', '.join(MODES)}")
         self.mode, self.block = mode, integer("block", block, 2)
-        self.heads = _heads(width, heads)
+        self.heads = choose_heads(width, heads)
         self.states = integer("states", states) if mode == "mf" else 0
         self.filters = {"sh": 1, "mh": self.heads, "mf": self.states}[mode]
         self.sets = 1 if mode == "mf" else 2  # of heads, each with a key and a value a token
@@ -234,16 +234,3 @@ class BST(Block):
         position = torch.where(number > 0, take(places.place, last)[:, 0] + 1, state.position)
         context = state.context if context is None else context
         return BSTState(k, v, context, ssm, position, leave(state.segment, segments))
-
-
-def _heads(width: int, heads: int | None) -> int:
-    """`heads` if they divide `width`; None: as many as make heads of about 64, of at least 4 in a small width, with
-    an even number of features where the width allows it (rotary positions turn pairs)."""
-    if heads is not None:
-        if width % integer("heads", heads, otherwise="; None chooses one"):
-            raise ValueError(f"heads={heads} must divide width={width}; try {gcd(heads, width)}")
-        return heads
-    sizes = [size for size in range(1, width + 1) if width % size == 0]
-    sizes = [size for size in sizes if size % 2 == 0] or sizes
-    wanted = min(64, max(8, width // 4))
-    return width // min(sizes, key=lambda size: abs(log(size / wanted)))

@@ -3,8 +3,7 @@ a block of tokens about everything before it, as keys and values."""
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ops import attention, linear_recurrence
+from ops.precision import full_precision
 from zoo.block import leave, tag
 from zoo.layers.norm import RMSNorm
 from zoo.layers.spelling import nearest
 from zoo.ssm.dss import DSSSystem
-from zoo.ssm.lti import AUTOCAST, CHUNK, DiagonalLTI, LTIState, Modes, powers
+from zoo.ssm.lti import CHUNK, DiagonalLTI, LTIState, Modes, powers
 from zoo.ssm.s4d import S4DSystem
 
 SYSTEMS: dict[str, type[DiagonalLTI]] = {"s4d": S4DSystem, "dss": DSSSystem}
@@ -154,7 +154,7 @@ class BlockEnds(nn.Module):
             count = max(1, int(block.amax()) + 1)
         at = torch.where(places.valid, block * self.block + places.place % self.block, count * self.block)
         blocks = _lay(u, at, count * self.block).unflatten(1, (count, self.block))
-        with _full_precision(u.device):
+        with full_precision(u.device):
             modes = self.lti.discrete()
             h, outputs = self._ends(modes, blocks, state, places, block, segments is not None)
         first = _lay((places.place < self.block)[..., None].long(), at, count * self.block)
@@ -175,7 +175,7 @@ class BlockEnds(nn.Module):
         y = take(y.unflatten(0, (len(q), count)).flatten(1, 2), at.clamp_max(count * self.block - 1))
         if state is None:
             return y, None, None
-        with _full_precision(u.device):
+        with full_precision(u.device):
             after = self._after(modes, u, h, state[1], places, first)
         last = (places.valid.sum(1) - 1).clamp_min(0)[:, None]
         current = take(block, last).clamp_min(0)
@@ -284,10 +284,3 @@ def _choose(where: Bool[Tensor, "..."], yes: Tensor, no: Tensor) -> Tensor:
 def _some(where: Bool[Tensor, "..."]) -> bool:
     """Whether any is true. A graph cannot ask: there it is always taken for true."""
     return torch.compiler.is_compiling() or bool(where.any())
-
-
-def _full_precision(device: torch.device) -> Any:
-    """Turns autocast off: it would make the states' sums in bfloat16."""
-    if device.type in AUTOCAST and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return cast(Any, nullcontext())

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ops.precision import full_precision
 from zoo.block import tag
 from zoo.layers.checks import integer, number
 from zoo.layers.spelling import nearest
@@ -71,7 +72,7 @@ class ImplicitFilter(nn.Module):
         keeps 8 bits, and frequencies multiply errors."""
         weight = self.out.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device):
             lag = torch.arange(length, device=weight.device, dtype=wide)
             x = self._features(lag)
             for each in self.layers:

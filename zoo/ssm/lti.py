@@ -6,7 +6,6 @@ what does not depend on the form of Ā: views, states, documents. `DiagonalLTI` 
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,13 +16,12 @@ from torch.nn.functional import pad
 
 from ops import linear_recurrence, long_conv, vandermonde
 from ops import segments as seg
+from ops.precision import full_precision
 from zoo.block import enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.spelling import nearest
 
 CHUNK = 64  # tokens of which a state takes or gives in one product
-# Devices that have autocast (meta has none). Asked once: older torch.compile cannot trace the question.
-AUTOCAST = frozenset(each for each in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(each))
 
 
 class LTIState(NamedTuple):
@@ -126,7 +124,7 @@ class LTI(nn.Module):
         if state is not None:
             fresh = self.init_state(len(u), device=u.device, dtype=state.h.dtype) if segments is not None else state
             h = self.unpack(enter(state, fresh, segments).h)
-        with _full_precision(u.device):
+        with full_precision(u.device):
             y, after = self._run()(self.discrete(), u, h, segments)
         if state is None:
             return y, None
@@ -344,10 +342,3 @@ def tag_system(module: nn.Module, *names: str, learning_rate: float | None) -> N
         raise ValueError(f"learning_rate={learning_rate} must be positive, or None for the optimizer's own")
     for name in names:
         tag(module, name, weight_decay=False, learning_rate=learning_rate)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Turns autocast off: it would make the states' sums in bfloat16."""
-    if device.type in AUTOCAST and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ops import linear_attention, linear_recurrence
-from ops.linear_attention.common import full_precision
+from ops.precision import full_precision
 from zoo.block import map_state
 from zoo.layers.shift import token_shift
 

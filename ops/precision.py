@@ -1,4 +1,4 @@
-"""What the implementations share."""
+"""In which precision sums are made, whatever the inputs' dtypes and autocast say."""
 
 import contextlib
 from functools import reduce
@@ -11,12 +11,16 @@ _AUTOCAST = frozenset(each for each in ("cpu", "cuda", "xpu", "mps", "hpu") if t
 
 
 def state_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """The dtype states are summed in: float32 at least, since they sum T updates and bfloat16 keeps 8 bits."""
+    """The dtype states are summed in: float32 (complex64) at least, since they sum T updates
+    and bfloat16 keeps 8 bits."""
     return reduce(torch.promote_types, (each.dtype for each in inputs if each is not None), torch.float32)
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for this device."""
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """Turns autocast off: it would make the sums' products in bfloat16."""
-    if device.type in _AUTOCAST and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else contextlib.nullcontext()

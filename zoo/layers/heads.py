@@ -6,13 +6,15 @@ from zoo.layers.checks import integer
 
 
 def choose_heads(width: int, heads: int | None) -> int:
-    """`heads` if they divide `width`; None: as many as make heads of about 64, and in a small width about four.
+    """`heads` if they divide `width`; None: as many as make heads of about 64, and in a small width about four, with an
+    even number of features (rotary turns pairs) where the width allows it.
 
     Raises ValueError that names both numbers and one that fits.
     """
     if heads is None:
         wanted = min(64, max(8, width // 4))
         sizes = [size for size in range(1, width + 1) if width % size == 0]
+        sizes = [size for size in sizes if size % 2 == 0] or sizes
         return width // min(sizes, key=lambda size: abs(log(size / wanted)))
     integer("heads", heads, otherwise="; None chooses one")
     if width % heads:
