@@ -35,6 +35,8 @@ GOOD = {"vocab_size": 11, "width": 8, "stack": ["swiglu"]}
             rf"version={VERSION + 1}, this library reads up to {VERSION}; pip install --upgrade",
         ),
         ({"dropout": "1e-1"}, "dropout='1e-1' is text, not a number"),
+        ({"embedding_scale": 0}, "embedding_scale=0 would make every token alike"),
+        ({"logit_softcap": -1.0}, "logit_softcap=-1.0 must be positive, or null"),
         ({"tied_embeddings": "no"}, "tied_embeddings='no' must be true or false"),
         ({"version": -3}, "version=-3"),
         ({"heigth": 3}, "unknown key 'heigth'"),
@@ -147,6 +149,8 @@ PUBLISHED = {
     "rwkv4-430m": 430_397_440,
     "retnet-1.3b": 1_351_727_104,
     "gla-1.3b": 1_365_514_240,
+    "gated-deltanet-1.3b": 1_387_348_732,
+    "recurrentgemma-2b": 2_682_862_080,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
@@ -205,6 +209,7 @@ CONFIGURATIONS = {
     ),
     "bamba-9b": ("Bamba", {"vocab_size": 128256, "attn_layer_indices": [9, 18, 27], "mamba_d_state": 128}),
     "jamba-v0.1": ("Jamba", {}),  # its defaults
+    "recurrentgemma-2b": ("RecurrentGemma", {"num_key_value_heads": 1, "intermediate_size": 15360}),
 }  # fmt: skip
 
 
@@ -227,6 +232,17 @@ def test_attention_stands_where_the_released_hybrids_have_it():
     mixers, units = [spec.kind for spec in stack[::2]], [spec.kind for spec in stack[1::2]]
     assert mixers == [{"attention": "gqa", "mamba": "mamba"}[kind] for kind in theirs.layers_block_type]
     assert units == ["moe" if experts > 1 else "swiglu" for experts in theirs.layers_num_experts]
+
+
+def test_gated_delta_net_is_as_large_as_a_released_model():
+    """puigde/gated-deltanet-380M-15B-slimpajama of flash-linear-attention: 357,781,928 parameters as it tells."""
+    blocks = [
+        {"kind": "gated_delta_net", "heads": 4, "head_dim": 256, "value_head_dim": 256},
+        {"kind": "swiglu", "hidden": 2816},
+    ]
+    small = {"width": 1024, "stack": [{"repeat": 21, "blocks": blocks}]}
+    facts = describe_model(zoo.ModelConfig.from_dict(zoo.preset("gated-deltanet-1.3b").to_dict() | small))
+    assert facts["total"] == 357_781_928
 
 
 def test_mambaformer_is_as_large_as_its_authors():

@@ -56,6 +56,19 @@ def test_the_formula(norm, position, embedding_norm, tied):
     assert (model.head.weight is model.embedding.weight) == tied
 
 
+def test_scaled_embeddings_and_capped_logits():
+    """Of the same weights: rows as if the table were 3 times as large, logits bent below 0.5; embeddings given in the
+    place of tokens alike."""
+    plain = build(["mlp"], tied_embeddings=False)
+    model = build(["mlp"], tied_embeddings=False, embedding_scale=3.0, logit_softcap=0.5)
+    model.load_state_dict(plain.state_dict())
+    tokens = torch.randint(17, (2, 5))
+    wanted = 0.5 * torch.tanh(plain(embeddings=3 * plain.embedding(tokens)).logits / 0.5)
+    assert wanted.abs().max() > 0.05
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(embeddings=model.embedding(tokens)).logits, wanted, rtol=0, atol=1e-12)
+
+
 def test_a_composite_block_stands_bare(monkeypatch):
     """It has its own norms and residuals: the model adds none, whatever the model's norm position."""
     monkeypatch.setattr(zoo.registry.block_class("mlp"), "residual", False)

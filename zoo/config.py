@@ -53,7 +53,9 @@ class ModelConfig:
         norm_eps: added under the norm's root; None is the norm's own default.
         norm_position: "pre": x + f(norm(x)), a last norm before the head; "post": norm(x + f(x)).
         embedding_norm: a norm right after the embedding (RWKV, BLOOM).
+        embedding_scale: a factor on the embedding's rows (Gemma: the root of width).
         tied_embeddings: the head is the embedding's transpose.
+        logit_softcap: logits are softcap · tanh(logits / softcap), so below it in size (Gemma 2); None leaves them.
         objective: "causal" (next token) or "masked" (fill in; bidirectional blocks allowed).
         dropout: on each block's output, while training.
         init_std: standard deviation of the embedding and of an untied head at the start.
@@ -67,7 +69,9 @@ class ModelConfig:
     norm_eps: float | None = None
     norm_position: Literal["pre", "post"] = "pre"
     embedding_norm: bool = False
+    embedding_scale: float = 1.0
     tied_embeddings: bool = True
+    logit_softcap: float | None = None
     objective: Literal["causal", "masked"] = "causal"
     dropout: float = 0.0
     init_std: float = 0.02
@@ -87,6 +91,10 @@ class ModelConfig:
         for name in ("embedding_norm", "tied_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if number("embedding_scale", self.embedding_scale) == 0:
+            raise ValueError("embedding_scale=0 would make every token alike; 1 leaves the embedding as it is")
+        if self.logit_softcap is not None and number("logit_softcap", self.logit_softcap) <= 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap!r} must be positive, or null for logits without bound")
         if not 0 <= number("dropout", self.dropout) < 1:
             raise ValueError(f"dropout={self.dropout!r} must be in [0, 1)")
         if self.version not in range(1, VERSION + 1):

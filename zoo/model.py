@@ -147,6 +147,8 @@ class LanguageModel(nn.Module):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             kept = hidden[:, -logits_to_keep:]
         logits = self.head(kept)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return ModelOut(logits, None if state is None else tuple(states), aux, hidden, tuple(stream) or None)
 
     def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
@@ -162,6 +164,8 @@ class LanguageModel(nn.Module):
         assert embeddings is not None
         if embeddings.shape[-1] != self.config.width:
             raise ValueError(f"embeddings have width {embeddings.shape[-1]}, this model has width={self.config.width}")
+        if self.config.embedding_scale != 1:
+            embeddings = embeddings * self.config.embedding_scale
         return embeddings if self.embedding_norm is None else self.embedding_norm(embeddings)
 
     def _look_up(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole hybrids: our presets of Jamba and Bamba, all layers but made narrow, against transformers' models."""
+"""Whole hybrids: presets of Jamba, Bamba and RecurrentGemma, all layers but narrow, against transformers' models."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from zoo.layers.ffn import SwiGLU
 from zoo.moe.moe import MoE
 
 WIDTH, VOCAB = 32, 29
-NARROW = {"hidden": 40, "heads": 4, "kv_heads": 2, "experts": 4}
+NARROW = {"hidden": 40, "heads": 4, "kv_heads": 2, "experts": 4, "window": 5}
 
 
 def narrow(entry):
@@ -134,3 +134,67 @@ def test_preset_equals_transformers_model(preset, name):
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-8, atol=1e-8)
     halves = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(halves[mask == 1], expected[mask == 1], rtol=1e-8, atol=1e-8)
+
+
+def copy_gemma(ours: zoo.LanguageModel, theirs: nn.Module) -> None:
+    """Their norms multiply by 1 + weight."""
+    with torch.no_grad():
+        ours.embedding.weight.copy_(theirs.model.embed_tokens.weight)
+        ours.norm.weight.copy_(theirs.model.final_norm.weight + 1)
+        for index, layer in enumerate(theirs.model.layers):
+            mixer, feed_forward = ours.residuals[2 * index : 2 * index + 2]
+            mixer.norm.weight.copy_(layer.temporal_pre_norm.weight + 1)
+            feed_forward.norm.weight.copy_(layer.channel_pre_norm.weight + 1)
+            mlp, weights = layer.mlp_block, layer.temporal_block.state_dict()
+            for name in ("weight", "bias"):
+                up = [getattr(mlp.gate_proj, name), getattr(mlp.up_proj, name)]
+                getattr(feed_forward.block.up, name).copy_(torch.cat(up))
+                getattr(feed_forward.block.down, name).copy_(getattr(mlp.down_proj, name))
+            if isinstance(mixer.block, GQA):
+                qkv = torch.cat([weights[f"{each}_proj.weight"] for each in "qkv"])
+                out = {f"out.{name}": weights[f"o_proj.{name}"] for name in ("weight", "bias")}
+                set_weights(mixer.block, {"qkv.weight": qkv} | out)
+            else:
+                set_weights(
+                    mixer.block,
+                    {
+                        recurrent_name(name): each.squeeze(1) if name == "conv_1d.weight" else each
+                        for name, each in weights.items()
+                    },
+                )
+
+
+def recurrent_name(name: str) -> str:
+    """Ours for a parameter of their recurrent block."""
+    parts = {"linear_x": "x_proj", "linear_y": "y_proj", "linear_out": "out_proj", "conv_1d": "conv"}
+    parts |= {"rg_lru.input_gate_": "input_gate.", "rg_lru.recurrent_gate_": "decay_gate."}
+    for theirs, ours in (parts | {"rg_lru.recurrent_param": "Lambda"}).items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+@pytest.mark.usefixtures("exact")
+def test_recurrent_gemma_equals_transformers_model(monkeypatch):
+    """Embedding to logits, longer than the window; then in two parts. Their models know no padding."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+
+    scan = RecurrentGemmaRglru._rnn_scan
+    monkeypatch.setattr(RecurrentGemmaRglru, "_rnn_scan", lambda *a, **k: scan(*a, **k, acc_dtype=torch.float64))
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 80, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "attention_window_size": 5, "attn_implementation": "sdpa"}
+    theirs = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes)).double().eval()
+    randomise(theirs)
+    config = zoo.preset("recurrentgemma-2b").to_dict()
+    config |= {"width": WIDTH, "vocab_size": VOCAB, "embedding_scale": float(theirs.model.normalizer)}
+    ours = zoo.LanguageModel(config | {"stack": narrow(config["stack"])}).double().eval()
+    copy_gemma(ours, theirs)
+    tokens = torch.randint(VOCAB, (2, 19))
+    with torch.no_grad():
+        expected = theirs(tokens, use_cache=False).logits
+        first = ours(tokens[:, :11], ours.init_state(2))
+        second = ours(tokens[:, 11:], first.state)
+        found = ours(tokens).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, rtol=1e-8, atol=1e-8)
