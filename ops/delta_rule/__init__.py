@@ -83,6 +83,8 @@ def delta_rule(
     `log_decay` is the natural logarithm of the decay and must not be positive (-inf forgets everything; values are not
     checked): None (no decay), [heads], [batch, time, heads] or [batch, time, heads, k_dim]; the last decays every row
     of S, one a key channel, by its own factor.
+    Decays of any strength, 0 and 1 included, give finite values and gradients: chunks are divided again by halves
+    (secondary chunking, down to single tokens: ops/linear_attention/pairs.py), and no factor exceeds 1.
     `segments` (0 padding, equal ids one document): S starts from zero at each document of a row but the first, which
     goes on from `initial_state` (default zero); padding leaves it alone and gets y = 0, whatever its inputs hold.
 

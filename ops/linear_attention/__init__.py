@@ -75,6 +75,8 @@ def linear_attention(
     `log_decay` is the natural logarithm of the decay and must not be positive (-inf forgets everything; values are not
     checked): None (no decay), [heads], [batch, time, heads] or [batch, time, heads, k_dim]; the last decays every row
     of S, one a key channel, by its own factor.
+    Decays of any strength, 0 and 1 included, give finite values and gradients: chunks are divided again by halves
+    (secondary chunking, down to single tokens: ops/linear_attention/pairs.py), and no factor exceeds 1.
     `bonus` is RWKV-6's u: the read-out comes before the decay and weighs the token itself by u,
     y_t = (scale q_t)ᵀ (S_{t-1} + (u ⊙ k_t) v_tᵀ).
     `normalise` divides y_t by max((scale q_t)ᵀ z_t, eps), where z_t = exp(log_decay_t) ⊙ z_{t-1} + k_t is the state of

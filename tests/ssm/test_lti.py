@@ -1,8 +1,11 @@
 """One system, three views: what holds for every diagonal time-invariant model, and the arithmetic under it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
+from tests.measure import Operations
 from zoo.block import leaves
 from zoo.ssm import lti
 from zoo.ssm.block import SSMBlock
@@ -179,3 +182,22 @@ def test_an_unknown_view_is_named():
 def test_a_block_of_another_width_is_refused():
     with pytest.raises(ValueError, match="channels=4, but the block width=5"):
         SSMBlock(5, S4DSystem(4, 4))
+
+
+def operations(system, u, state):
+    """Of one call, and the state after it."""
+    with torch.no_grad(), Operations() as counted:
+        state = system(u, state)[1]
+    return counted.count, state
+
+
+@pytest.mark.parametrize("name", ["s4d", "dss exp"])
+def test_what_a_sequence_and_a_token_cost(name):
+    """A whole sequence costs O(L log L), the kernel included; a token after it the same whatever L."""
+    system, whole, token = SYSTEMS[name](), [], []
+    for length in (512, 1024, 2048, 4096):
+        count, state = operations(system, torch.randn(1, length, 5), system.init_state(1))
+        whole.append(count)
+        token.append(operations(system, torch.randn(1, 1, 5), state)[0])
+    assert all(after < 2.2 * before for before, after in pairwise(whole)), whole  # 4 times if it were quadratic
+    assert len(set(token)) == 1, token
