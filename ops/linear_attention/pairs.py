@@ -70,7 +70,8 @@ class _Pairs(Function):
             if q is not None and k is not None:
                 after, before = after * _halves(q, sums.size)[1], before * _halves(k, sums.size)[0]
             _corners(seen, sums.size).copy_((after @ before.mT).movedim(-3, -1))
-        weights = sums.read.exp_(), sums.keep.exp_(), sums.total.squeeze(-3).exp()
+        # Not in place: torch.compile of torch 2.11 keeps the sums from before for the backward pass.
+        weights = sums.read.exp(), sums.keep.exp(), sums.total.squeeze(-3).exp()
         ctx.save_for_backward(q, k, log_decay, read, *weights)
         ctx.itself = itself
         return seen, *weights
