@@ -147,6 +147,7 @@ PUBLISHED = {
     "blackmamba-2.8b": 2_783_213_584 - 1472,  # its last norm has a bias, which ours, the blocks' RMSNorm, has not
     "rwkv4-169m": 169_342_464,
     "rwkv4-430m": 430_397_440,
+    "rwkv6-1.6b": 1_599_873_024,  # as its author's own model class (RWKV-LM, rwkv_v6_demo.py) has of that size
     "retnet-1.3b": 1_351_727_104,
     "gla-1.3b": 1_365_514_240,
     "gated-deltanet-1.3b": 1_387_348_732,

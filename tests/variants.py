@@ -197,6 +197,8 @@ VARIANTS: dict[str, list[dict]] = {
     "delta_net": [{"heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_width": 2, "negative_eigenvalues": True}],
     "gated_delta_net": [{}, {"heads": 4, "key_heads": 2, "head_dim": 5, "value_head_dim": 3, "conv_width": 1}],
     "kda": [{"heads": 3, "value_head_dim": 5, "rank": 4, "gate_bias": True, "conv_width": 2}],
+    "rwkv6": [{}, {"heads": 4, "mix_rank": 3, "decay_rank": 5, "layer": 2, "layers": 6}],
+    "rwkv6_channel_mix": [{"hidden": 30, "layer": 1, "layers": 4}],
     "aft": [
         {"window": 5, "heads": 3},
         {"variant": "simple", "bias": True},

@@ -54,6 +54,8 @@ KINDS: dict[str, str] = {
     "gated_delta_net": "zoo.recurrent.gated_delta_net:GatedDeltaNet",
     "kda": "zoo.recurrent.kda:KDA",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
+    "rwkv6": "zoo.recurrent.rwkv6:RWKV6",
+    "rwkv6_channel_mix": "zoo.recurrent.rwkv6_channel_mix:RWKV6ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
 }

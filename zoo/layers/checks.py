@@ -19,3 +19,9 @@ def number(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number")
     return value
+
+
+def place(layer: int, layers: int) -> None:
+    """ValueError unless `layer`, from 0, is the place of a block among `layers`."""
+    if integer("layer", layer, 0) >= integer("layers", layers):
+        raise ValueError(f"layer={layer} must be in [0, layers={layers}); count layers from 0")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ops import linear_attention
 from zoo.block import Block, Out, enter, leave, tag
-from zoo.layers.checks import integer, number
+from zoo.layers.checks import integer, number, place
 from zoo.layers.norm import RMSNorm
 
 
@@ -66,8 +66,7 @@ class HGRN2(Block):
         self.head_dim = _head_dim(width) if head_dim is None else integer("head_dim", head_dim)
         if width % self.head_dim:
             raise ValueError(f"head_dim={head_dim} must divide width={width}; try {math.gcd(width, self.head_dim)}")
-        if integer("layer", layer, 0) >= integer("layers", layers):
-            raise ValueError(f"layer={layer} must be in [0, layers={layers}); count layers from 0")
+        place(layer, layers)
         start = layer / layers if lower_bound is None else number("lower_bound", lower_bound)
         if not 0 <= start < 1:
             raise ValueError(f"lower_bound={lower_bound} must be in [0, 1): forget gates lie between it and 1")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ops.wkv import empty_state, wkv
 from zoo.block import Block, Out, State, enter, leave, tag
-from zoo.layers.checks import integer
+from zoo.layers.checks import integer, place
 from zoo.layers.shift import token_shift
+from zoo.recurrent.channel_mix import ChannelMix
 
 
 class RWKV4State(NamedTuple):
@@ -24,13 +25,6 @@ class RWKV4State(NamedTuple):
     numerator: Float[Tensor, "batch width"]
     denominator: Float[Tensor, "batch width"]
     maximum: Float[Tensor, "batch width"]
-    segment: Int[Tensor, " batch"]
-
-
-class RWKV4ChannelMixState(NamedTuple):
-    """The last token and the document it belongs to (0: none yet)."""
-
-    shift: Float[Tensor, "batch width"]
     segment: Int[Tensor, " batch"]
 
 
@@ -54,7 +48,7 @@ class RWKV4(Block):
 
     def __init__(self, width: int, *, layer: int = 0, layers: int = 1, impl: str = "auto"):
         super().__init__(width)
-        _check_layer(layer, layers)
+        place(layer, layers)
         self.layer, self.layers, self.impl = layer, layers, impl
         self.time_decay = nn.Parameter(torch.empty(width))
         self.time_first = nn.Parameter(torch.empty(width))
@@ -101,7 +95,8 @@ class RWKV4(Block):
         if state is not None:
             fresh = self.init_state(x.shape[0], device=x.device, dtype=state.shift.dtype)
             state = enter(state, fresh, segments)
-        x = _without_padding(x, segments)
+        if segments is not None:
+            x = torch.where((segments != 0)[..., None], x, 0)  # a NaN at padding would reach weights' gradients
         before, shift = token_shift(x, None if state is None else state.shift, segments)
         key = self.key(_mix(before, x, self.time_mix_key))
         value = self.value(_mix(before, x, self.time_mix_value))
@@ -126,7 +121,7 @@ class RWKV4(Block):
         return f"{self.width}, layer={self.layer}, layers={self.layers}"
 
 
-class RWKV4ChannelMix(Block):
+class RWKV4ChannelMix(ChannelMix):
     """RWKV-4 channel mix (2305.13048): a gated feed-forward block that also sees the last token.
 
     o[t] = σ(W_r m_r[t]) ⊙ W_v max(W_k m_k[t], 0)², m mixes of x[t] and x[t-1] (eq. 17-18).
@@ -144,7 +139,7 @@ class RWKV4ChannelMix(Block):
 
     def __init__(self, width: int, *, hidden: int | None = None, layer: int = 0, layers: int = 1):
         super().__init__(width)
-        _check_layer(layer, layers)
+        place(layer, layers)
         remedy = f"; None means 4 * width = {4 * width}"
         self.hidden = 4 * width if hidden is None else integer("hidden", hidden, otherwise=remedy)
         self.layer, self.layers = layer, layers
@@ -165,28 +160,11 @@ class RWKV4ChannelMix(Block):
         self.time_mix_key.copy_(mix)
         self.time_mix_receptance.copy_(mix)
 
-    def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> RWKV4ChannelMixState:
-        shift = torch.zeros(batch, self.width, device=device, dtype=dtype or self.key.weight.dtype)
-        return RWKV4ChannelMixState(shift, torch.zeros(batch, device=device, dtype=torch.long))
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch time width"],
-        state: State | None = None,
-        segments: Int[Tensor, "batch time"] | None = None,
-    ) -> Out:
-        self.check(x, state, segments)
-        if state is not None:
-            fresh = self.init_state(x.shape[0], device=x.device, dtype=state.shift.dtype)
-            state = enter(state, fresh, segments)
-        x = _without_padding(x, segments)
-        before, shift = token_shift(x, None if state is None else state.shift, segments)
+    def feed(
+        self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
+    ) -> Float[Tensor, "batch time width"]:
         key = torch.relu(self.key(_mix(before, x, self.time_mix_key))).square()
-        receptance = self.receptance(_mix(before, x, self.time_mix_receptance))
-        y = torch.sigmoid(receptance) * self.value(key)
-        if state is None:
-            return Out(y, None, {})
-        return Out(y, RWKV4ChannelMixState(shift, leave(state.segment, segments)), {})
+        return torch.sigmoid(self.receptance(_mix(before, x, self.time_mix_receptance))) * self.value(key)
 
     def flops_per_token(self, context: int) -> int:
         """Three matrices; each mix 3 a channel, relu² 2 a hidden unit, the gate 2 a channel."""
@@ -194,16 +172,6 @@ class RWKV4ChannelMix(Block):
 
     def extra_repr(self) -> str:
         return f"{self.width}, hidden={self.hidden}, layer={self.layer}, layers={self.layers}"
-
-
-def _check_layer(layer: int, layers: int) -> None:
-    if integer("layer", layer, 0) >= integer("layers", layers):
-        raise ValueError(f"layer={layer} must be in [0, layers={layers}); count layers from 0")
-
-
-def _without_padding(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Zeros at padding: what stands there may be NaN, which would reach the gradients of the matrices."""
-    return x if segments is None else torch.where((segments != 0)[..., None], x, 0)
 
 
 def _mix(before: Tensor, x: Tensor, share: Tensor) -> Tensor:
