@@ -12,6 +12,7 @@ from ops.linear_attention import linear_attention
 from ops.linear_recurrence import linear_recurrence
 from ops.long_conv import long_conv
 from ops.selective_scan import selective_scan
+from ops.slstm import slstm
 from ops.sparse_attention import sparse_attention
 from ops.ssd import ssd
 from ops.ssm_kernel import cauchy, vandermonde
@@ -29,6 +30,7 @@ __all__ = [
     "linear_recurrence",
     "long_conv",
     "selective_scan",
+    "slstm",
     "sparse_attention",
     "ssd",
     "use",

@@ -199,6 +199,8 @@ VARIANTS: dict[str, list[dict]] = {
     "kda": [{"heads": 3, "value_head_dim": 5, "rank": 4, "gate_bias": True, "conv_width": 2}],
     "rwkv6": [{}, {"heads": 4, "mix_rank": 3, "decay_rank": 5, "layer": 2, "layers": 6}],
     "rwkv6_channel_mix": [{"hidden": 30, "layer": 1, "layers": 4}],
+    "mlstm": [{}, {"heads": 3, "qk_dim": 6, "v_dim": 15, "soft_cap": None}],
+    "slstm": [{"layer": 1, "layers": 3}, {"heads": 3, "conv_width": 1}],
     "aft": [
         {"window": 5, "heads": 3},
         {"variant": "simple", "bias": True},

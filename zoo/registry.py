@@ -53,6 +53,8 @@ KINDS: dict[str, str] = {
     "delta_net": "zoo.recurrent.delta_net:DeltaNet",
     "gated_delta_net": "zoo.recurrent.gated_delta_net:GatedDeltaNet",
     "kda": "zoo.recurrent.kda:KDA",
+    "mlstm": "zoo.recurrent.mlstm:MLSTM",
+    "slstm": "zoo.recurrent.slstm:SLSTM",
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
     "rwkv6": "zoo.recurrent.rwkv6:RWKV6",
     "rwkv6_channel_mix": "zoo.recurrent.rwkv6_channel_mix:RWKV6ChannelMix",

@@ -22,6 +22,21 @@ def choose_heads(width: int, heads: int | None) -> int:
     return heads
 
 
+def up_to_four(heads: int | None, **sizes: int) -> int:
+    """`heads` if they divide each of `sizes`; None: 4, or fewer where 4 do not divide them all.
+
+    Raises ValueError that names the sizes as they are named here, and a number that fits.
+    """
+    common = gcd(*sizes.values())
+    if heads is None:
+        return next(each for each in (4, 3, 2, 1) if common % each == 0)
+    integer("heads", heads, otherwise="; None chooses")
+    if common % heads:
+        named = " and ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"heads={heads} must divide {named}; try {gcd(common, heads)}")
+    return heads
+
+
 def heads_and_dim(width: int, heads: int | None, head_dim: int | None, dim_name: str = "head_dim") -> tuple[int, int]:
     """heads and head_dim, those not given chosen: heads of about 64 components, at least four of them in a small
     width, even in size (rotary turns pairs) and dividing the width where it has such a divisor. `dim_name`: what the

@@ -1,6 +1,5 @@
 """Gated linear attention (Yang et al., 2312.06635): each key channel forgets at a rate that the token decides."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from ops import linear_attention
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer, number
 from zoo.layers.gated_norm import GatedRMSNorm
+from zoo.layers.heads import up_to_four
 from zoo.layers.low_rank import LowRankLinear
 
 
@@ -60,15 +60,7 @@ class GLA(Block):
         super().__init__(width)
         self.key_dim = max(1, width // 2) if key_dim is None else integer("key_dim", key_dim)
         self.value_dim = width if value_dim is None else integer("value_dim", value_dim)
-        common = math.gcd(self.key_dim, self.value_dim)
-        if heads is None:
-            heads = next(each for each in (4, 3, 2, 1) if common % each == 0)
-        self.heads = integer("heads", heads)
-        if common % heads:
-            raise ValueError(
-                f"heads={heads} must divide key_dim={self.key_dim} and value_dim={self.value_dim}; "
-                f"try {math.gcd(common, heads)}"
-            )
+        self.heads = up_to_four(heads, key_dim=self.key_dim, value_dim=self.value_dim)
         if number("temperature", temperature) <= 0:
             raise ValueError(f"temperature={temperature} must be positive: the decay is sigmoid(...)^(1/temperature)")
         if number("norm_eps", norm_eps) < 0:
@@ -78,7 +70,7 @@ class GLA(Block):
         self.sizes = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)  # of q, k, v and the output's gate
         self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
         self.decay_proj = LowRankLinear(width, self.key_dim, rank, bias=True)
-        self.norm = GatedRMSNorm(self.value_dim // heads, before_gate=True, eps=norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim // self.heads, before_gate=True, eps=norm_eps)
         self.out_proj = nn.Linear(self.value_dim, width, bias=False)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> GLAState:
