@@ -148,6 +148,9 @@ PUBLISHED = {
     "rwkv4-169m": 169_342_464,
     "rwkv4-430m": 430_397_440,
     "rwkv6-1.6b": 1_599_873_024,  # as its author's own model class (RWKV-LM, rwkv_v6_demo.py) has of that size
+    # As flash-linear-attention's layers; the author's training code has 191_084_544, with a value gate in layer 0 that
+    # nothing reads.
+    "rwkv7-0.1b": 191_034_624,
     "retnet-1.3b": 1_351_727_104,
     "gla-1.3b": 1_365_514_240,
     "gated-deltanet-1.3b": 1_387_348_732,

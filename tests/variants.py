@@ -198,6 +198,11 @@ VARIANTS: dict[str, list[dict]] = {
     "gated_delta_net": [{}, {"heads": 4, "key_heads": 2, "head_dim": 5, "value_head_dim": 3, "conv_width": 1}],
     "kda": [{"heads": 3, "value_head_dim": 5, "rank": 4, "gate_bias": True, "conv_width": 2}],
     "rwkv6": [{}, {"heads": 4, "mix_rank": 3, "decay_rank": 5, "layer": 2, "layers": 6}],
+    "rwkv7": [
+        {},
+        {"layers": 3, "heads": 4, "decay_rank": 3, "rate_rank": 5, "value_rank": 2, "gate_rank": 7, "hidden": 30},
+    ],
+    "rwkv7_channel_mix": [{"hidden": 30, "layer": 1, "layers": 4}],
     "rwkv6_channel_mix": [{"hidden": 30, "layer": 1, "layers": 4}],
     "mlstm": [{}, {"heads": 3, "qk_dim": 6, "v_dim": 15, "soft_cap": None}],
     "slstm": [{"layer": 1, "layers": 3}, {"heads": 3, "conv_width": 1}],

@@ -58,6 +58,8 @@ KINDS: dict[str, str] = {
     "rwkv4_channel_mix": "zoo.recurrent.rwkv4:RWKV4ChannelMix",
     "rwkv6": "zoo.recurrent.rwkv6:RWKV6",
     "rwkv6_channel_mix": "zoo.recurrent.rwkv6_channel_mix:RWKV6ChannelMix",
+    "rwkv7": "zoo.recurrent.rwkv7:RWKV7",
+    "rwkv7_channel_mix": "zoo.recurrent.rwkv7_channel_mix:RWKV7ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
 }

@@ -8,6 +8,15 @@ from zoo.block import tag
 from zoo.layers.checks import integer
 
 
+def choose_rank(name: str, rank: int | None, usual: int, width: int) -> int:
+    """`rank` if a matrix of this width can have it; None: `usual`, or the width where that is less."""
+    if rank is None:
+        return min(usual, width)
+    if integer(name, rank) > width:
+        raise ValueError(f"{name}={rank} is above width={width}, the rank of a full matrix; use at most {width}")
+    return rank
+
+
 class LowRankLinear(nn.Module):
     """y = x E D + b with E [inputs, rank], D [rank, outputs]: the linear encoder-decoder unit of LRT (1910.13923).
 

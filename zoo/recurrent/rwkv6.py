@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from ops import linear_attention
 from zoo.block import Block, Out, enter, leave, tag
-from zoo.layers.checks import integer, number, place
+from zoo.layers.checks import number, place
 from zoo.layers.heads import choose_heads
 from zoo.layers.initial import orthogonal_
+from zoo.layers.low_rank import choose_rank
 from zoo.layers.shift import token_shift
 
 # e^7 is above 745, so that exp(-e^7) is 0 in float64 too. Without a bound e^w overflows from w = 89 on in float32, and
@@ -73,8 +74,8 @@ class RWKV6(Block):
             raise ValueError(f"norm_eps={norm_eps} must not be negative")
         self.heads = choose_heads(width, heads)
         self.head_dim = width // self.heads
-        self.mix_rank = _rank("mix_rank", mix_rank, 32, width)
-        self.decay_rank = _rank("decay_rank", decay_rank, 64, width)
+        self.mix_rank = choose_rank("mix_rank", mix_rank, 32, width)
+        self.decay_rank = choose_rank("decay_rank", decay_rank, 64, width)
         self.layer, self.layers, self.norm_eps = layer, layers, norm_eps
         self.mix_input = nn.Parameter(torch.empty(width))  # μ
         self.mix = nn.Parameter(torch.empty(5, width))  # λ of w, k, v, r and g
@@ -195,11 +196,3 @@ class RWKV6(Block):
 
     def extra_repr(self) -> str:
         return f"{self.width}, heads={self.heads}, layer={self.layer}, layers={self.layers}"
-
-
-def _rank(name: str, rank: int | None, usual: int, width: int) -> int:
-    if rank is None:
-        return min(usual, width)
-    if integer(name, rank) > width:
-        raise ValueError(f"{name}={rank} is above width={width}, the rank of a full matrix; use at most {width}")
-    return rank

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ops import slstm
 from zoo.block import Block, Out, enter, leave, tag
-from zoo.layers.checks import integer, number
+from zoo.layers.checks import integer, number, place
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.heads import up_to_four
 
@@ -62,8 +62,7 @@ class SLSTM(Block):
     ):
         super().__init__(width)
         self.heads = up_to_four(heads, width=width)
-        if integer("layer", layer, 0) >= integer("layers", layers):
-            raise ValueError(f"layer={layer} must be in [0, layers={layers}); count layers from 0")
+        place(layer, layers)
         if number("norm_eps", norm_eps) < 0:
             raise ValueError(f"norm_eps={norm_eps} must not be negative")
         self.norm_eps = norm_eps
