@@ -48,12 +48,12 @@ class RWKV7Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, RWKV7LayerState]:
         """x after the layer, layer 0's values (`first`, None in layer 0) and the layer's state."""
         shift, S, channel_shift = (None, None, None) if state is None else state
-        y, first, shift, last = self.time_mix(_valid(self.time_norm(x), segments), first, shift, S, segments)
+        y, values, shift, last = self.time_mix(_valid(self.time_norm(x), segments), first, shift, S, segments)
         x = x + _valid(y, segments)
         u = _valid(self.channel_norm(x), segments)
         before, channel_shift = token_shift(u, channel_shift, segments)
         x = x + self.channel_mix.feed(u, before)
-        return x, first, RWKV7LayerState(shift, last if S is None else last.to(S.dtype), channel_shift)
+        return x, values, RWKV7LayerState(shift, last if S is None else last.to(S.dtype), channel_shift)
 
 
 class RWKV7(Block):
