@@ -158,6 +158,8 @@ PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
+    "olmoe-1b-7b": 6_919_161_856,
+    "deepseek-moe-16b": 16_375_728_128,
 }
 
 # Parameters in total and those one token uses, as papers round them; the last says whether they count embeddings.
@@ -168,6 +170,10 @@ ROUNDED = {
     "moe-mamba-25m": (542e6, 26e6, False),
     "moe-mamba-100m": (2439e6, 117e6, False),
     "bst-200m": (200e6, 200e6, True),
+    "mixtral-8x7b": (46.7e9, 12.9e9, True),
+    "olmoe-1b-7b": (6.92e9, 1.28e9, True),
+    "deepseek-moe-16b": (16.4e9, 2.8e9, True),
+    "glam-like": (143e9, 9.8e9, False),
 }
 
 # width, layers, layers with attention of the released H3 hybrids.
@@ -214,6 +220,8 @@ CONFIGURATIONS = {
     "bamba-9b": ("Bamba", {"vocab_size": 128256, "attn_layer_indices": [9, 18, 27], "mamba_d_state": 128}),
     "jamba-v0.1": ("Jamba", {}),  # its defaults
     "recurrentgemma-2b": ("RecurrentGemma", {"num_key_value_heads": 1, "intermediate_size": 15360}),
+    "mixtral-8x7b": ("Mixtral", {}),  # its defaults
+    "olmoe-1b-7b": ("Olmoe", {"intermediate_size": 1024}),
 }  # fmt: skip
 
 
@@ -265,6 +273,24 @@ def test_mambaformer_is_as_large_as_its_authors():
     assert kinds == ["mamba"] + 12 * ["gqa", "mamba"]
 
 
+def test_switch_is_as_large_as_the_released_but_for_cross_attention():
+    """google/switch-base-128, 7.4 billion parameters: encoder and decoder in a row, less the decoder's cross-attention
+    with its norms, the tables of relative positions and one of the two last norms."""
+    import transformers
+
+    config = transformers.SwitchTransformersConfig(
+        d_ff=3072, num_experts=128, num_sparse_encoder_layers=6, num_sparse_decoder_layers=6
+    )
+    with torch.device("meta"):
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+    left_out = 12 * (4 * 768 * 768 + 768) + 2 * 32 * 12 + 768
+    facts = describe_model(zoo.preset("switch-base-like"))
+    assert facts["total"] == count(model) - left_out
+    assert facts["total"] == pytest.approx(7.4e9, rel=0.01)
+    one_expert = 2 * 768 * 3072
+    assert facts["active"] == facts["total"] - 12 * 127 * one_expert
+
+
 @pytest.mark.parametrize("name", H3_HYBRIDS)
 def test_h3_hybrids_are_as_large_as_the_released(name):
     """Counted from the released code: GPT-2's embedding (padded to 50264), in each layer two LayerNorms, an MLP of 4
@@ -285,7 +311,7 @@ def test_h3_hybrids_are_as_large_as_the_released(name):
 
 def test_every_published_preset_is_tested_and_mixtral_uses_12_9b():
     ours = {name for name in zoo.presets() if name.startswith("stdlib-")}
-    assert set(zoo.presets()) - ours == {*PUBLISHED, *ROUNDED, *H3_HYBRIDS, "mambaformer"}
+    assert set(zoo.presets()) - ours == {*PUBLISHED, *ROUNDED, *H3_HYBRIDS, "mambaformer", "switch-base-like"}
     assert describe_model(zoo.preset("mixtral-8x7b"))["active"] == 12_879_925_248
     with pytest.raises(ValueError, match=r"unknown preset 'mamba-130' \(did you mean 'mamba-130m'\?\)"):
         zoo.preset("mamba-130")

@@ -23,6 +23,12 @@ VARIANTS: dict[str, list[dict]] = {
         {},
         {"experts": 5, "top_k": 1, "router": "sinkhorn", "expert": "mlp", "shared_experts": 1, "router_z": 0.1},
         {"router": {"kind": "top_k", "order": "top_k_then_softmax"}},
+        {"experts": 6, "router": {"kind": "loss_free", "groups": 3, "top_groups": 2, "scale": 2.5}},
+        {"experts": 4, "router": {"kind": "smoe_dropout", "eval_top_k": 3}, "load_balance": 0.0},
+        {"experts": 5, "top_k": 1, "router": {"kind": "stable", "rank": 3}},
+        {"experts": 5, "top_k": 1, "router": "base"},
+        {"experts": 5, "router": "expert_choice"},
+        {"experts": 4, "router": "unweighted", "expert": {"kind": "mpo", "bond": 4}, "load_balance": 0.0},
     ],
     "mlp": [{}, {"activation": "relu2", "bias": True}],
     "mamba": [

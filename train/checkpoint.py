@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -196,6 +196,8 @@ class Sharded(ModelParallelStrategy):
     """FSDP2 over all processes (weights, gradients and optimizer state are divided), with whole checkpoints: a run
     resumes on another number of devices' memory, and the file is as any other's."""
 
+    divides_experts: ClassVar[bool] = False
+
     def __init__(self, **options: Any):
         super().__init__(save_distributed_checkpoint=False, **options)
 
@@ -207,3 +209,10 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         read(Path(checkpoint_path))  # a damaged file fails here, with the way out
         return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+class ExpertParallel(Sharded):
+    """As `Sharded`, but each process keeps whole experts of every mixture and tokens travel to them: experts' weights
+    are never gathered. The number of processes must divide the number of experts."""
+
+    divides_experts: ClassVar[bool] = True

@@ -11,11 +11,16 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
+from zoo.block import is_sum
+
 
 def scalars(aux: dict[str, Tensor]) -> dict[str, float]:
-    """The blocks' losses and statistics as scalars; a vector (load per expert) becomes one scalar an entry."""
+    """The blocks' losses and statistics as scalars; a vector (load per expert) becomes one scalar an entry. Sums are
+    for the blocks themselves, and those of one batch of one rank would tell nothing."""
     found: dict[str, float] = {}
     for name, value in aux.items():
+        if is_sum(name):
+            continue
         values = value.float().flatten().tolist()
         found |= {name: values[0]} if value.ndim == 0 else {f"{name}/{i}": each for i, each in enumerate(values)}
     return found

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning
@@ -16,8 +16,10 @@ from train.data.windows import IGNORED
 from train.masking import MaskingConfig
 from train.objective import Batch, objective
 from train.optim import OptimizerConfig, ScheduleConfig, build
+from zoo.block import add_sums
 from zoo.config import ModelConfig
 from zoo.model import LanguageModel, losses
+from zoo.moe.parallel import divide_experts
 
 
 class LanguageModule(lightning.LightningModule):
@@ -49,6 +51,8 @@ class LanguageModule(lightning.LightningModule):
         self.optimizer_config, self.schedule_config, self.compile_network = optimizer, schedule, compile
         self.gradient_norm: Tensor | None = None  # of the last step, before clipping
         self.batches = 0  # of this rank, since the run began
+        self.adding: dict[str, Tensor] = {}  # the blocks' sums so far: of this rank, since the last optimizer step
+        self.sums: dict[str, Tensor] = {}  # of all ranks, over the last optimizer step; empty if it was skipped
         self.text = torch.zeros(self.objective.counted, dtype=torch.float64)  # sums over the validation text
 
     # Setting up -----------------------------------------------------------------------------------------------
@@ -64,10 +68,12 @@ class LanguageModule(lightning.LightningModule):
         if mesh is not None and mesh["data_parallel"].size() > 1 and not getattr(self, "sharded", False):
             from torch.distributed.fsdp import fully_shard
 
-            self.sharded = True
+            self.sharded, mesh = True, mesh["data_parallel"]
+            divides = getattr(self.trainer.strategy, "divides_experts", False)
+            divided = divide_experts(self.network, mesh) if divides else set()
             for each in self.network.blocks:
-                fully_shard(each, mesh=mesh["data_parallel"])
-            fully_shard(self.network, mesh=mesh["data_parallel"])
+                fully_shard(each, mesh=mesh, ignored_params=divided)
+            fully_shard(self.network, mesh=mesh, ignored_params=divided)
         if self.compile_network:
             self.compile_network = False
             self.network.compile()  # in place: names of parameters stay
@@ -91,6 +97,9 @@ class LanguageModule(lightning.LightningModule):
 
     # Steps ----------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        self.adding = {}  # of batches whose step an earlier fit did not come to
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Random numbers of a batch (dropout, router jitter) follow from the seed, the rank and the batch's number:
         a resumed run draws what an uninterrupted one does, whatever ran in between."""
@@ -109,8 +118,23 @@ class LanguageModule(lightning.LightningModule):
         # Ranks average their gradients: dividing by the mean count makes that the gradient over all tokens together.
         mean = nats / self._mean_over_ranks(predicted.float()).clamp_min(1)
         loss = mean + losses(out.aux)
+        add_sums(self.adding, out.aux)
         self.last = {"loss": mean.detach(), "aux": {name: value.detach() for name, value in out.aux.items()}}
         return loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """An optimizer step, the last batch of it included, and what the blocks do after one. Checkpoints are written
+        later, so that they hold both."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        before = 0.0 if scaler is None else scaler.get_scale()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        skipped = scaler is not None and scaler.get_scale() < before  # float16: gradients overflowed
+        found, self.adding = self.adding, {}
+        self.sums = {} if skipped else self._sum_over_ranks(found)
+        if not skipped:
+            self.network.after_step(self.trainer.global_step + 1, self.sums)  # Lightning counts this step later
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -148,6 +172,15 @@ class LanguageModule(lightning.LightningModule):
             dist.all_reduce(value)
             value = value / self.trainer.world_size
         return value
+
+    def _sum_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All of them in one exchange, as float64: it holds counts exactly up to 2^53."""
+        if self.trainer.world_size == 1 or not sums:
+            return sums
+        whole = torch.cat([each.double().flatten() for each in sums.values()])
+        dist.all_reduce(whole)
+        parts = whole.split([each.numel() for each in sums.values()])
+        return {name: part.view_as(each).to(each) for (name, each), part in zip(sums.items(), parts, strict=True)}
 
     # What a checkpoint holds besides Lightning's own ------------------------------------------------------------
 

@@ -10,14 +10,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-from train.checkpoint import AtomicCheckpointIO, Checkpoints, Sharded, checkpoints, read
+from train.checkpoint import AtomicCheckpointIO, Checkpoints, ExpertParallel, Sharded, checkpoints, read
 from train.data.module import TextData
+from train.experts import DeadExperts
 from train.metrics import Metrics, loggers
 from train.module import FromPretrained, LanguageModule
 from train.progress import Progress
 
 if "sharded" not in StrategyRegistry:
     StrategyRegistry.register("sharded", Sharded, description="FSDP2 over all processes, whole checkpoints")
+    StrategyRegistry.register("expert_parallel", ExpertParallel, description="as sharded, but experts stay whole")
 
 
 class Trainer(lightning.Trainer):
@@ -135,10 +137,13 @@ class Run(LightningCLI):
         if config["logger"] in (None, True):
             kwargs["logger"] = self.command != "validate" and loggers(folder, self.resumed_at)
         self.metrics = Metrics()
+        given = _listed(config["callbacks"])
         mine: list[Any] = [self.metrics] if self.command != "validate" else []
+        if self.command != "validate" and not any(isinstance(each, DeadExperts) for each in given):
+            mine.append(DeadExperts())
         if config["enable_progress_bar"] is not False:
             mine.append(Progress(self.metrics))
-        kwargs["callbacks"] = [*_listed(config["callbacks"]), *mine]
+        kwargs["callbacks"] = [*given, *mine]
         kwargs["plugins"] = [*_listed(config["plugins"]), AtomicCheckpointIO()]
         try:
             return cast(Trainer, super().instantiate_trainer(**kwargs))

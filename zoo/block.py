@@ -5,7 +5,7 @@ A `State` is a NamedTuple of tensors, batch first in every leaf (nested NamedTup
 reordering, repeating, moving, saving and counting states are one generic function each, below.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -19,7 +19,9 @@ State = Any  # a NamedTuple of tensors; Python has no type for "any NamedTuple"
 
 class Out(NamedTuple):
     """What a block returns. `state` is None exactly when None was given; `aux` holds named tensors:
-    "loss/<name>" is added to the training loss as it is, "stat/<name>" is a statistic to log."""
+    "loss/<name>" is added to the training loss as it is, "stat/<name>" is a statistic to log, "sum/<name>" (detached,
+    in training mode alone) is added up for `Block.after_step`. A composite names its parts' entries "<path>/<entry>",
+    with the path of the part in it."""
 
     y: Float[Tensor, "batch time width"]
     state: State | None
@@ -75,6 +77,28 @@ class Block(nn.Module):
         """Bytes of state that one row holds after `tokens` tokens. The default is right for constant states."""
         return state_bytes(self.init_state(1, device="meta", dtype=dtype))
 
+    def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        """What a block does once after each optimizer step: move a schedule on, correct what no gradient reaches.
+
+        `sums` holds the entries "sum/<name>" of this block's aux, under the same names, added up over all micro-batches
+        and ranks of that step. They come out of `forward` like any output, so activations computed again in the
+        backward pass count nothing twice. `step`: optimizer steps done so far in the run. A saved model that is
+        trained further is in another run: a schedule that shall go on counts its own steps in a buffer.
+
+        By default a block hands their sums on to the blocks inside it, and does nothing itself.
+        """
+        hand_back(_inside(self), step, sums)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no causal model takes this block, as the end of a sentence; None where it may stand in one."""
+        if self.causal:
+            return None
+        return (
+            "is bidirectional and would see the tokens a causal model predicts; use objective: masked, or its causal "
+            "form"
+        )
+
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs for one more token after `context` tokens (a multiply-add is 2).
         The default counts every matrix once; blocks whose work depends on the context or on routing add theirs."""
@@ -122,6 +146,39 @@ class Block(nn.Module):
                 )
             if rows != batch:
                 raise ValueError(f"{name} got a state for batch={rows} and an input of batch={batch}")
+
+
+# Sums over an optimizer step -----------------------------------------------------------------------------------
+
+
+def add_sums(total: dict[str, Tensor], aux: Mapping[str, Tensor]) -> None:
+    """Add the sums among a forward's aux to `total`, which holds those of the micro-batches before it."""
+    for name, value in aux.items():
+        if is_sum(name):
+            total[name] = total[name] + value if name in total else value
+
+
+def is_sum(name: str) -> bool:
+    """Whether an entry of aux, its path before it or not, is a sum."""
+    return "/sum/" in f"/{name}"
+
+
+def hand_back(blocks: Iterable[tuple[str, Block]], step: int, sums: Mapping[str, Tensor]) -> None:
+    """Call `after_step` of each block with the entries of `sums` that bear its path. Blocks without any are called
+    too: a schedule needs the step alone."""
+    for path, block in blocks:
+        begin = f"{path}/"
+        own = {name.removeprefix(begin): value for name, value in sums.items() if name.startswith(begin)}
+        block.after_step(step, own)
+
+
+def _inside(module: nn.Module) -> Iterator[tuple[str, Block]]:
+    """The blocks in a module with their paths, but not the blocks in those."""
+    for name, child in module.named_children():
+        if isinstance(child, Block):
+            yield name, child
+        else:
+            yield from ((f"{name}.{path}", block) for path, block in _inside(child))
 
 
 # Parameters' tags ---------------------------------------------------------------------------------------------

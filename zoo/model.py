@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.block import Block, Out, State
+from zoo.block import Block, Out, State, hand_back
 from zoo.config import BlockSpec, ModelConfig, load_config
 from zoo.layers.checks import number
 from zoo.layers.norm import norm
@@ -82,11 +82,8 @@ class LanguageModel(nn.Module):
             inner = block(spec.kind, config.width, **chosen)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{spec.where} (kind {spec.kind}): {error}") from error
-        if config.objective == "causal" and not inner.causal:
-            raise ValueError(
-                f"{spec.where} (kind {spec.kind}) is bidirectional and would see the tokens a causal model predicts; "
-                "use objective: masked, or its causal form"
-            )
+        if config.objective == "causal" and inner.refusal is not None:
+            raise ValueError(f"{spec.where} (kind {spec.kind}) {inner.refusal}")
         return Residual(inner, norm(config.norm, config.width, config.norm_eps), config.norm_position, config.dropout)
 
     @property
@@ -98,6 +95,12 @@ class LanguageModel(nn.Module):
         """The state before the first token: one entry a block. `device` and `dtype` are the embedding's unless told."""
         if self.config.objective != "causal":
             raise ValueError("a masked model has no state: it reads the whole sequence at once")
+        for spec, each in zip(self.config.blocks(), self.residuals, strict=True):
+            if not each.block.causal:  # allowed by its options
+                raise ValueError(
+                    f"{spec.where} (kind {spec.kind}) looks at later tokens, so the model cannot go on from a state; "
+                    "call it without one on the whole text (in generate: use_cache=False)"
+                )
         device = self.embedding.weight.device if device is None else device
         dtype = self.embedding.weight.dtype if dtype is None else dtype
         return tuple(each.block.init_state(batch, device=device, dtype=dtype) for each in self.residuals)
@@ -150,6 +153,24 @@ class LanguageModel(nn.Module):
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return ModelOut(logits, None if state is None else tuple(states), aux, hidden, tuple(stream) or None)
+
+    def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        """To be called once after each optimizer step, for blocks that are driven by it (some routers of `moe`); where
+        it is not, they stay at their first step. `zoo pretrain` and `zoo finetune` call it.
+
+        `step`: optimizer steps done so far in the run, this one too. `sums`: the entries "sum/<name>" of `ModelOut.aux`
+        over the step's micro-batches (see `zoo.block.add_sums`) and over ranks (all_reduce them). Not to be called
+        after a step that a float16 gradient scaler skipped.
+
+            total = {}
+            for tokens, targets in micro_batches:
+                out = model(tokens)
+                (cross_entropy(out.logits.flatten(0, 1), targets.flatten()) + losses(out.aux)).backward()
+                add_sums(total, out.aux)
+            optimizer.step()
+            model.after_step(step := step + 1, total)
+        """
+        hand_back(((f"blocks.{index}", each.block) for index, each in enumerate(self.residuals)), step, sums)
 
     def _embed(self, tokens: Tensor | None, embeddings: Tensor | None) -> Tensor:
         if (tokens is None) == (embeddings is None):

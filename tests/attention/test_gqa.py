@@ -362,7 +362,7 @@ def test_flops():
         ({"window": 0}, "window=0"),
         ({"sinks": 2}, "sinks=2 needs a window"),
         ({"softcap": -1.0}, "softcap=-1.0"),
-        ({"qk_norm": "batch"}, "norm='batch'"),
+        ({"qk_norm": "batch"}, "qk_norm='batch' is unknown; choose from rms, layer, rms_across"),
         ({"heads": 2.0}, "heads=2.0 must be a positive integer"),
         ({"heads": "4"}, "heads='4' must be a positive integer"),
         ({"kv_heads": 1.5}, "kv_heads=1.5 must be a positive integer"),

@@ -279,7 +279,26 @@ def test_an_injected_router_and_experts():
     torch.testing.assert_close(found.aux["loss/load_balance"], torch.tensor(0.01, dtype=torch.float64))
     assert MoE.causal
     assert block.causal
-    assert not MoE(WIDTH, experts=3, top_k=1, router=Later(WIDTH, 3)).causal
+    later = MoE(WIDTH, experts=3, top_k=1, router=Later(WIDTH, 3))
+    assert not later.causal
+    assert "has the router Later, which looks at later tokens" in later.refusal
+    assert block.refusal is None
+
+
+def test_choices_are_counted_while_training():
+    """As they were chosen, before any is dropped, and without padding; the sum goes back to the router."""
+    block = MoE(WIDTH, experts=EXPERTS, router={"kind": "top_k", "capacity_factor": 0.5}).double()
+    segments = torch.tensor([[0, 1, 1, 1, 1, 1, 2, 2, 2]])
+    aux = block(torch.randn(1, 9, WIDTH, dtype=torch.float64), None, segments).aux
+    assert aux["stat/dropped"] > 0
+    assert int(aux["sum/choices"].sum()) == 2 * 8
+    assert not aux["sum/choices"].is_floating_point()
+    torch.testing.assert_close(aux["stat/load"], aux["sum/choices"] / 16.0, check_dtype=False)
+    told = []
+    block.router.after_step = lambda step, sums: told.append((step, sums))
+    block.after_step(3, {"sum/choices": aux["sum/choices"]})
+    assert told == [(3, {"sum/choices": aux["sum/choices"]})]
+    assert "sum/choices" not in block.eval()(torch.randn(1, 9, WIDTH, dtype=torch.float64)).aux
 
 
 def test_autocast_keeps_the_router_exact():

@@ -100,7 +100,7 @@ def test_aux_values_and_names():
     assert all(not value.requires_grad for name, value in aux.items() if name.startswith("stat/"))
     assert all(value.requires_grad for name, value in aux.items() if name.startswith("loss/"))
     none = MoE(WIDTH, load_balance=0.0)(torch.randn(1, 3, WIDTH)).aux
-    assert set(none) == {"stat/load", "stat/dropped", "stat/router_entropy"}
+    assert set(none) == {"stat/load", "stat/dropped", "stat/router_entropy", "sum/choices"}
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -197,3 +197,42 @@ def test_jitter_is_for_training_and_for_the_router_alone():
     # x · U(0.7, 1.3): a logit moves by at most 0.3 · Σ |w x|.
     bound = 0.3 * (x.reshape(-1, WIDTH).abs() @ router.weight.abs().T)
     assert ((noisy.logits - plain.logits).abs() <= bound + 1e-5).all()
+
+
+# GShard's second expert -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["softmax_then_top_k", "top_k_then_softmax"])
+def test_random_second_is_visited_by_its_weight(order):
+    """With probability min(1, 2 g2), g2 its share of the two weights; the first always; neither weight changes."""
+    router = TopK(WIDTH, EXPERTS, 2, order=order, random_second=True).double()
+    with torch.no_grad():
+        router.weight.mul_(3)
+    x = torch.randn(1, 6, WIDTH, dtype=torch.float64)
+    routing = router(x.expand(4000, -1, -1))
+    whole = router.eval()(x)
+    assert torch.equal(routing.experts, routing.chosen)
+    experts, weights = routing.experts.reshape(4000, 6, 2), routing.weights.reshape(4000, 6, 2)
+    assert torch.equal(experts[..., 0], whole.experts[:, 0].expand(4000, -1))
+    torch.testing.assert_close(weights[..., 0], whole.weights[:, 0].expand(4000, -1), rtol=0, atol=1e-14)
+    visited = experts[..., 1] < EXPERTS
+    second = whole.weights[:, 1].expand(4000, -1)
+    torch.testing.assert_close(weights[..., 1], torch.where(visited, second, 0.0), rtol=0, atol=1e-14)
+    assert torch.equal(experts[..., 1][visited], whole.experts[:, 1].expand(4000, -1)[visited])
+    share = whole.weights[:, 1] / whole.weights.sum(-1)
+    torch.testing.assert_close(visited.double().mean(0), (2 * share).clamp_max(1), rtol=0, atol=0.03)
+    assert share.min() < 0.3
+
+
+def test_random_second_counts_where_it_is_made():
+    """A choice not made is in no load, takes no place of a capacity and is not called dropped; padding stays out."""
+    router = {"kind": "top_k", "random_second": True, "capacity_factor": 4.0}
+    block = MoE(WIDTH, experts=EXPERTS, router=router).double()
+    with torch.no_grad():
+        block.router.weight.mul_(5)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2]]).expand(8, -1)
+    aux = block(torch.randn(8, 10, WIDTH, dtype=torch.float64), None, segments).aux
+    assert 64 < aux["sum/choices"].sum() < 128
+    assert aux["stat/dropped"] == 0
+    with pytest.raises(ValueError, match=r"random_second=True needs a second expert and no third.*not top_k=3"):
+        TopK(WIDTH, EXPERTS, 3, random_second=True)

@@ -26,7 +26,7 @@ from zoo.attention.kv_state import (
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import heads_and_dim
-from zoo.layers.norm import norm
+from zoo.layers.norm import NORMS, norm
 from zoo.layers.position import ALiBi, Rotary
 from zoo.layers.position import position as make_position
 
@@ -51,7 +51,8 @@ class GQA(Block):
         window: a token sees the last `window` tokens of its document, itself among them; the state is then a ring
             of constant size. Without `causal` it sees as far on both sides.
         sinks: with a window, a document's first tokens that all of it sees (StreamingLLM, 2309.17453).
-        qk_norm: "rms" or "layer": a norm over each head of q and k, before positions (Qwen 3, 2505.09388).
+        qk_norm: "rms" or "layer": a norm over each head of q and k, before positions (Qwen 3, 2505.09388);
+            "rms_across": one over all heads together (OLMoE, 2409.02060).
         bias: on the projections of q, k and v.
         out_bias: on the output projection.
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, 2408.00118).
@@ -107,8 +108,17 @@ class GQA(Block):
         for linear, has in ((self.qkv, bias), (self.out, out_bias)):
             if has:
                 tag(linear, "bias", weight_decay=False)
-        self.q_norm = None if qk_norm is None else norm(qk_norm, self.head_dim)
-        self.k_norm = None if qk_norm is None else norm(qk_norm, self.head_dim)
+        self.norm_across = qk_norm == "rms_across"
+        self.q_norm, self.k_norm = (self._norm(qk_norm, heads) for heads in (self.heads, self.kv_heads))
+
+    def _norm(self, kind: str | None, heads: int) -> nn.Module | None:
+        if kind is None:
+            return None
+        if self.norm_across:
+            return norm("rms", heads * self.head_dim)
+        if kind not in NORMS:
+            raise ValueError(f"qk_norm={kind!r} is unknown; choose from {', '.join(NORMS)}, rms_across")
+        return norm(kind, self.head_dim)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> KVState | RingState:
         if not self.causal:
@@ -147,7 +157,10 @@ class GQA(Block):
             x = torch.where((segments != 0)[..., None], x, 0.0)
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), 2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            if self.norm_across:
+                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
         if state is None:
             y = self._whole(q, k, v, segments)
         elif isinstance(state, KVState):

@@ -26,7 +26,9 @@ class ZooOutput(ModelOutput):
     logits: [batch, kept, vocab].
     past_key_values: the `ZooCache` after these tokens.
     hidden_states: the residual stream before each block and what the head reads, [batch, time, width] each.
-    aux: the blocks' named losses and statistics, "blocks.<index>/<loss or stat>/<name>".
+    aux: the blocks' named losses, statistics and, while training, sums: "blocks.<index>/<loss, stat or sum>/<name>".
+        `loss` holds the losses. Sums are for models driven by the training step (some routers of `moe`): a trainer
+        calls `model.model.after_step` with them after each optimizer step, see `LanguageModel.after_step`.
     """
 
     loss: Tensor | None = None

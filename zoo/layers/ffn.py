@@ -41,6 +41,14 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def gelu_by(approximate: str) -> Callable[[Tensor], Tensor]:
+    """GELU, exact ("none") or by its tanh approximation ("tanh")."""
+    known = {"none": F.gelu, "tanh": gelu_tanh}
+    if approximate not in known:
+        raise ValueError(f"approximate={approximate!r} is unknown; choose 'none' (exact GELU) or 'tanh'")
+    return known[approximate]
+
+
 def gated_hidden(width: int) -> int:
     """8/3 width rounded up to a multiple of 8: a gated unit of as many parameters as an MLP of 4 width."""
     return -(-8 * width // 24) * 8
@@ -129,10 +137,7 @@ class GEGLU(GatedUnit):
     """
 
     def __init__(self, width: int, hidden: int | None = None, bias: bool = False, approximate: str = "none"):
-        known = {"none": F.gelu, "tanh": gelu_tanh}
-        if approximate not in known:
-            raise ValueError(f"approximate={approximate!r} is unknown; choose 'none' (exact GELU) or 'tanh'")
-        super().__init__(width, hidden, bias, known[approximate])
+        super().__init__(width, hidden, bias, gelu_by(approximate))
 
 
 class MLP(FeedForward):

@@ -6,7 +6,7 @@ and `shared(count)`, a block for experts that every token visits. A class and on
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +15,15 @@ from torch.nn import functional as F
 
 from ops import grouped_mm
 from zoo.block import Block
-from zoo.layers.ffn import MLP, SwiGLU, activation_function, check_hidden, gated_hidden
+from zoo.layers.ffn import GEGLU, MLP, SwiGLU, activation_function, check_hidden, gated_hidden, gelu_by
+from zoo.moe.parallel import local
 from zoo.moe.routers import build
 
 EXPERTS: dict[str, str] = {
     "swiglu": "zoo.moe.experts:SwiGLUExperts",
+    "geglu": "zoo.moe.experts:GEGLUExperts",
     "mlp": "zoo.moe.experts:MLPExperts",
+    "mpo": "zoo.moe.experts_mpo:MPOExperts",
 }
 
 
@@ -31,6 +34,7 @@ class Experts(nn.Module):
     """
 
     activation: Callable[[Tensor], Tensor]
+    per_expert: ClassVar[tuple[str, ...]] = ("up", "down")  # parameters whose first dimension counts experts
 
     def __init__(self, width: int, experts: int, hidden: int, inner: int):
         super().__init__()
@@ -56,12 +60,17 @@ class Experts(nn.Module):
         """A dense block equal to the sum of `count` more experts that every token visits."""
         raise NotImplementedError(f"{type(self).__name__} defines no shared; use shared_experts=0")
 
-    def parameters_per_expert(self) -> int:
-        return (self.up.numel() + self.down.numel()) // self.experts
+    def parameters_used(self, visits: int) -> int:
+        """Parameters that a token uses which visits so many experts."""
+        return visits * (self.up.numel() + self.down.numel()) // self.experts
+
+    def flops(self, visits: int) -> int:
+        """Forward FLOPs of a token in the experts it visits."""
+        return 2 * self.parameters_used(visits)
 
     def forward(self, rows: Float[Tensor, "rows width"], sizes: Int[Tensor, " experts"]) -> Float[Tensor, "rows width"]:
         """Rows sorted by expert, `sizes` to each; rows behind the last expert's come out as zeros."""
-        return grouped_mm(self.activate(grouped_mm(rows, self.up, sizes)), self.down, sizes)
+        return grouped_mm(self.activate(grouped_mm(rows, local(self.up), sizes)), local(self.down), sizes)
 
     def few(
         self,
@@ -105,6 +114,21 @@ class SwiGLUExperts(Experts):
 
     def shared(self, count: int) -> Block:
         return SwiGLU(self.width, hidden=count * self.hidden)
+
+
+class GEGLUExperts(SwiGLUExperts):
+    """Experts gelu(x Wg) ⊙ (x Wu) Wd. Option: `approximate`, as of the block `geglu`."""
+
+    def __init__(self, width: int, experts: int, hidden: int | None = None, *, approximate: str = "none"):
+        super().__init__(width, experts, hidden)
+        self.approximate, self.gate = approximate, gelu_by(approximate)
+
+    def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
+        gate, value = inner.chunk(2, dim=-1)
+        return self.gate(gate) * value
+
+    def shared(self, count: int) -> Block:
+        return GEGLU(self.width, hidden=count * self.hidden, approximate=self.approximate)
 
 
 class MLPExperts(Experts):

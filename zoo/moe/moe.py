@@ -13,6 +13,7 @@ from zoo.block import Block, Out, State
 from zoo.layers.checks import integer, number
 from zoo.moe import losses
 from zoo.moe.experts import Experts, build_experts
+from zoo.moe.parallel import Exchange
 from zoo.moe.routers import Router, Routing, build_router
 
 FEW = 8  # up to so many choices in a call without gradients, sorting costs more than a product for each
@@ -57,17 +58,20 @@ class MoE(Block):
     2101.03961; Mixtral, 2401.04088; shared experts: DeepSeekMoE, 2401.06066, eq. 9).
 
     A token's output depends on that token alone (with a capacity, while training, also on which earlier tokens of
-    its document filled its experts). No state: a given one is passed through. Cost: top_k experts a token.
+    its document filled its experts; some routers look at more, as each tells). No state: a given one is passed through.
+    Cost: top_k experts a token.
 
     Options:
     - `experts`, `top_k`, `hidden` (of one expert; by default that of the dense block of its kind).
     - `router`: "top_k", {"kind": "top_k", "jitter": 0.01, ...} or a Router. See zoo.moe.routers.
-    - `expert`: "swiglu", "mlp", {"kind": "mlp", "activation": "relu2"} or an Experts object.
+    - `expert`: "swiglu", "geglu", "mlp", {"kind": "mlp", "activation": "relu2"}, {"kind": "mpo", "bond": 32} (matrices
+      that share their largest tensor) or an Experts object.
     - `shared_experts`: how many more experts every token visits, with weight 1.
     - `load_balance`, `router_z`: weights of the two losses; a loss of weight 0 is left out.
 
     aux: "loss/load_balance", "loss/router_z" (weighted), "stat/load" (each expert's share of choices, before any is
-    dropped), "stat/dropped" (share of choices dropped), "stat/router_entropy" (nats), and the router's own.
+    dropped), "stat/dropped" (share of choices dropped), "stat/router_entropy" (nats), "sum/choices" (while training:
+    how many choices fell on each expert), and the router's own.
 
     Cost (T tokens, D = width, b bytes a number):
         train time: O(T D (experts + (top_k + shared_experts) hidden))
@@ -98,6 +102,7 @@ class MoE(Block):
         self.router = build_router(router, width, experts, top_k)
         self.experts = build_experts(expert, width, experts, hidden)
         self.shared = self.experts.shared(shared_experts) if shared_experts else None
+        self.exchange: Exchange | None = None  # with the processes that hold the other experts; see `divide_experts`
         if not self.router.causal:
             self.causal = False  # pyright: ignore[reportAttributeAccessIssue]  # depends on the router given
 
@@ -120,7 +125,12 @@ class MoE(Block):
 
     def is_few(self, routing: Routing, x: Tensor) -> bool:
         """Whether to take each token in turn: decoding, where a call has no gradients and few choices."""
-        if routing.experts.numel() > FEW or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (
+            self.exchange is not None
+            or routing.experts.numel() > FEW
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+        ):
             return False
         return not autocasting(x.device) and hasattr(self.experts, "few")
 
@@ -132,7 +142,7 @@ class MoE(Block):
         inverse = torch.empty_like(order).scatter_(0, order, place).view_as(routing.experts)
         sizes = losses.count_sorted(ordered, self.router.experts)
         rows = cast(Tensor, _Dispatch.apply(tokens, order, inverse))
-        rows = self.experts(rows, sizes)
+        rows = self.experts(rows, sizes) if self.exchange is None else self.exchange(self.experts, rows, sizes)
         return cast(Tensor, _Combine.apply(rows, routing.weights.to(rows.dtype), order, inverse)), sizes
 
     def by_token(self, tokens: Tensor, routing: Routing) -> tuple[Float[Tensor, "tokens width"], Tensor]:
@@ -154,17 +164,28 @@ class MoE(Block):
         if self.router_z:
             found["loss/router_z"] = self.router_z * losses.router_z(routing.logits, valid)
         dtype = routing.probabilities.dtype
+        if self.training:
+            found["sum/choices"] = counts
         found["stat/load"] = losses.shares(counts, dtype)
         found["stat/dropped"] = (counts.sum() - taken.sum()).to(dtype) / counts.sum().clamp_min(1)
         found["stat/router_entropy"] = losses.entropy(routing.probabilities.detach(), valid)
         return found
 
+    def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        self.router.after_step(step, sums)
+        super().after_step(step, sums)  # shared experts are a block, and experts of somebody's own may hold some
+
+    @property
+    def refusal(self) -> str | None:
+        return self.router.refusal
+
     def active_parameters(self) -> int:
-        """Parameters that one token uses: the router, top_k experts, the shared ones."""
+        """Parameters that one token uses: the router, the experts it visits, the shared ones."""
         fixed = [self.router] if self.shared is None else [self.router, self.shared]
         always = sum(p.numel() for module in fixed for p in module.parameters())
-        return always + self.router.top_k * self.experts.parameters_per_expert()
+        return always + self.experts.parameters_used(self.router.visits)
 
     def flops_per_token(self, context: int) -> int:
-        """Forward FLOPs of a token: its top_k experts, the shared ones and the router."""
-        return 2 * self.active_parameters()
+        """Forward FLOPs of a token: the experts it visits, the shared ones and the router."""
+        shared = 0 if self.shared is None else self.shared.flops_per_token(context)
+        return self.router.flops_per_token() + self.experts.flops(self.router.visits) + shared

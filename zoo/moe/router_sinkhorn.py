@@ -1,7 +1,6 @@
 """While training, tokens are dealt to experts evenly by Sinkhorn's iteration (Clark et al., 2202.01169;
 BlackMamba, 2402.01771)."""
 
-import inspect
 import math
 
 import torch
@@ -68,11 +67,6 @@ class Sinkhorn(Router):
             tag(self, "bias", weight_decay=False)
         self.reset_parameters()
 
-    @classmethod
-    def options(cls) -> list[str]:
-        """The names of this router's own options."""
-        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-
     def reset_parameters(self) -> None:
         """As nn.Linear's by variance: normal with standard deviation 1/sqrt(3 width); the bias starts at zero."""
         nn.init.normal_(self.weight, std=(3 * self.width) ** -0.5)
@@ -92,7 +86,5 @@ class Sinkhorn(Router):
         chosen = ranking.topk(self.top_k, dim=-1).indices
         probabilities = logits.softmax(-1)
         weights = (logits.sigmoid() if self.top_k == 1 else probabilities).gather(1, chosen)
-        if valid is not None:
-            chosen = torch.where(valid[:, None], chosen, self.experts)
-            weights = torch.where(valid[:, None], weights, 0.0)
+        chosen, weights = self.skip_padding(chosen, weights, segments)
         return Routing(chosen, weights, chosen, logits, probabilities, {})

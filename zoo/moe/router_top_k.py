@@ -1,7 +1,6 @@
 """Each token visits the top_k experts of largest logit (Shazeer et al., 1701.06538; GShard, 2006.16668; Switch,
 2101.03961; GLaM, 2112.06905; Mixtral, 2401.04088), with or without a capacity."""
 
-import inspect
 import math
 
 import torch
@@ -24,6 +23,8 @@ class TopK(Router):
     - `renormalise`: divide the k weights by their sum. None: yes for top_k > 1 (GShard, Mixtral, Qwen3-MoE); no for
       top_k = 1 (Switch), where the one weight would always be 1 and the router would get no gradient.
     - `jitter`: while training, the router (not the experts) sees x · U(1 − jitter, 1 + jitter) (Switch, section 2.4).
+    - `random_second`: while training, the second of top_k=2 experts is visited with probability min(1, 2 · its share of
+      the two weights) only, drawn for each token (GShard, algorithm 1). A choice not made is in no loss and no load.
     - `capacity_factor`: None drops no token. A number, while training, lets an expert take at most
       ceil(capacity_factor · tokens · top_k / experts) choices of each document (Switch, eq. 3; `tokens` are those of
       the document in this call, padding not counted). Choices are served in order of time, a token's better ones
@@ -40,6 +41,7 @@ class TopK(Router):
         order: str = "softmax_then_top_k",
         renormalise: bool | None = None,
         jitter: float = 0.0,
+        random_second: bool = False,
         capacity_factor: float | None = None,
     ):
         super().__init__(width, experts, top_k)
@@ -52,18 +54,15 @@ class TopK(Router):
             )
         if not 0 <= number("jitter", jitter) < 1:
             raise ValueError(f"jitter={jitter!r} must be at least 0 and below 1")
+        if random_second and top_k != 2:
+            raise ValueError(f"random_second=True needs a second expert and no third; use top_k=2, not top_k={top_k}")
         if capacity_factor is not None and number("capacity_factor", capacity_factor) <= 0:
             raise ValueError(f"capacity_factor={capacity_factor!r} must be positive, or None to drop no token")
         self.order = order
         self.renormalise = top_k > 1 if renormalise is None else renormalise
-        self.jitter, self.capacity_factor = jitter, capacity_factor
+        self.jitter, self.random_second, self.capacity_factor = jitter, random_second, capacity_factor
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.reset_parameters()
-
-    @classmethod
-    def options(cls) -> list[str]:
-        """The names of this router's own options."""
-        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def reset_parameters(self) -> None:
         """As nn.Linear's by variance: normal with standard deviation 1/sqrt(3 width)."""
@@ -83,9 +82,11 @@ class TopK(Router):
         else:
             best, chosen = logits.topk(self.top_k, dim=-1)
             weights = best.softmax(-1)
-        if segments is not None:
-            valid = (segments != 0).reshape(-1, 1)
-            chosen, weights = torch.where(valid, chosen, self.experts), torch.where(valid, weights, 0.0)
+        if self.training and self.random_second:
+            second = weights[:, 1].detach() / weights.detach().sum(-1)
+            visited = torch.stack([torch.ones_like(second), 2 * second], 1) > torch.rand_like(second)[:, None]
+            chosen, weights = torch.where(visited, chosen, self.experts), torch.where(visited, weights, 0.0)
+        chosen, weights = self.skip_padding(chosen, weights, segments)
         experts = chosen
         if self.training and self.capacity_factor is not None:
             kept = self.within_capacity(chosen, x.shape[0], x.shape[1], segments)

@@ -6,6 +6,7 @@ line in `ROUTERS`.
 """
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +20,12 @@ from zoo.layers.spelling import nearest
 ROUTERS: dict[str, str] = {
     "top_k": "zoo.moe.router_top_k:TopK",
     "sinkhorn": "zoo.moe.router_sinkhorn:Sinkhorn",
+    "base": "zoo.moe.router_base:Base",
+    "expert_choice": "zoo.moe.router_expert_choice:ExpertChoice",
+    "loss_free": "zoo.moe.router_loss_free:LossFree",
+    "smoe_dropout": "zoo.moe.router_smoe_dropout:SMoEDropout",
+    "stable": "zoo.moe.router_stable:Stable",
+    "unweighted": "zoo.moe.router_unweighted:Unweighted",
 }
 
 
@@ -54,16 +61,94 @@ class Router(nn.Module):
             raise ValueError(f"top_k={top_k!r} must be between 1 and experts={experts}")
         self.width, self.experts, self.top_k = width, experts, top_k
 
+    @classmethod
+    def options(cls) -> list[str]:
+        """The names of this router's own options: those by keyword."""
+        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
     def forward(
         self, x: Float[Tensor, "batch time width"], segments: Int[Tensor, "batch time"] | None = None
     ) -> Routing:
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no causal model takes a block with this router, as `Block.refusal`."""
+        if self.causal:
+            return None
+        return (
+            f"has the router {type(self).__name__}, which looks at later tokens, those that a causal model predicts; "
+            "use objective: masked, or a router such as top_k"
+        )
+
+    @property
+    def visits(self) -> int:
+        """How many experts a token visits at most, as things stand."""
+        return self.top_k
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs to route a token (a multiply-add is 2). The default counts every matrix once."""
+        return sum(2 * p.numel() for p in self.parameters() if p.ndim >= 2)
+
+    def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        """See `Block.after_step`. `sums` holds "sum/choices" [experts], how many choices fell on each expert, and what
+        "sum/..." the router's own aux had. By default nothing happens."""
 
     def logits(self, x: Float[Tensor, "batch time width"], weight: Tensor) -> Float[Tensor, "tokens experts"]:
         """x weightᵀ in float32 at least, under autocast too: bfloat16 logits of near-equal experts are ties."""
         exact = torch.promote_types(x.dtype, torch.float32)
         with full_precision(x.device):
             return nn.functional.linear(x.reshape(-1, x.shape[-1]).to(exact), weight.to(exact))
+
+    def skip_padding(
+        self,
+        chosen: Int[Tensor, "tokens choices"],
+        weights: Float[Tensor, "tokens choices"],
+        segments: Int[Tensor, "batch time"] | None,
+    ) -> tuple[Int[Tensor, "tokens choices"], Float[Tensor, "tokens choices"]]:
+        """The choices with "no expert" and weight 0 at padding."""
+        if segments is None:
+            return chosen, weights
+        valid = (segments != 0).reshape(-1, 1)
+        return torch.where(valid, chosen, self.experts), torch.where(valid, weights, 0.0)
+
+
+class Scheduled(Router):
+    """A router that changes with the number of optimizer steps it was trained for.
+
+    `step` is that number: a buffer, so that it goes with the weights through resuming and further training. `schedule`
+    sets what follows from it, as plain attributes: then a forward neither waits for a device nor breaks a graph, and
+    torch.compile compiles again when they change, not at each step.
+    """
+
+    step: Tensor
+
+    def __init__(self, width: int, experts: int, top_k: int):
+        super().__init__(width, experts, top_k)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._done = 0  # `step`, as a number of the host's
+        self.register_load_state_dict_post_hook(_read_step)
+
+    def schedule(self, done: int) -> None:
+        """Set what follows from the number of steps done."""
+        raise NotImplementedError(f"{type(self).__name__} defines no schedule")
+
+    def train(self, mode: bool = True) -> "Scheduled":
+        """As of any module. Reads `step` too, which some loaders set without load_state_dict."""
+        _read_step(self)
+        return super().train(mode)
+
+    def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
+        self.step += 1
+        self._done += 1  # not read back, which would wait for the device at every step
+        self.schedule(self._done)
+
+
+def _read_step(router: Any, keys: Any = None) -> None:
+    """Set a scheduled router up for the step in its buffer. `keys` are those that load_state_dict did not find."""
+    if not router.step.is_meta:
+        router._done = int(router.step)
+    router.schedule(router._done)
 
 
 def build_router(spec: Any, width: int, experts: int, top_k: int) -> Router:
