@@ -51,7 +51,39 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default=None, help="cpu, cuda, ... (default: the GPU where there is one)")
     generate.add_argument("--dtype", default=None, help="float32, bfloat16, ... (default: the checkpoint's)")
     generate.set_defaults(run=_generate)
+    _add_convert(commands)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    """`zoo convert [OPERATION] --from DIR --to DIR`."""
+    text = "a published checkpoint to a zoo one or back; or an operation on a model"
+    convert = commands.add_parser("convert", help=text, description=f"Convert {text}.")
+    convert.set_defaults(run=_convert, operation=None, source=None, target=None)
+    convert.add_argument("--family", default=None, help="published format to write (default: where it came from)")
+    operations = convert.add_subparsers(metavar="OPERATION")
+    each = {
+        "upcycle": operations.add_parser("upcycle", help="feed-forward layers become experts that start as copies"),
+        "moefy": operations.add_parser("moefy", help="split feed-forward layers into experts of their neurons"),
+        "share-kv": operations.add_parser("share-kv", help="fewer key and value heads, each the mean of several"),
+    }
+    for name in ("upcycle", "moefy"):
+        each[name].add_argument("--experts", type=int, default=8, help="(default 8)")
+        each[name].add_argument("--seed", type=int, default=0)
+    each["upcycle"].add_argument("--top-k", type=int, default=2, help="experts a token visits (default 2)")
+    each["upcycle"].add_argument("--every", type=int, default=1, help="take every so many-th layer (default 1: all)")
+    each["moefy"].add_argument("--top-k", type=int, default=None, help="experts a token visits (default: all)")
+    each["moefy"].add_argument(
+        "--text", default=None, help="a text file on which routers learn (default: from weights)"
+    )
+    each["share-kv"].add_argument("--kv-heads", type=int, default=1, help="(default 1: multi-query attention)")
+    for name, parser in [(None, convert), *each.items()]:
+        # Given before or after the operation's name: a default of its own would undo the former.
+        unless = argparse.SUPPRESS
+        parser.add_argument("--from", dest="source", default=unless, help="checkpoint folder or hub id")
+        parser.add_argument("--to", dest="target", default=unless, help="folder to write")
+        if name is not None:
+            parser.set_defaults(operation=name)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -129,6 +161,47 @@ def _generate(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
     )
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    for name, value in (("--from", arguments.source), ("--to", arguments.target)):
+        if value is None:
+            raise ValueError(f"which checkpoint? Give {name} a folder")
+    from zoo import convert
+    from zoo.convert.published import local_folder, operate
+    from zoo.hf import hide_progress
+
+    hide_progress()
+    if arguments.operation is None:
+        written = convert.convert(arguments.source, arguments.target, arguments.family)
+        print(f"{arguments.target} holds a {written} checkpoint")
+        return
+    if arguments.family is not None:
+        raise ValueError(
+            f"{arguments.operation} writes a zoo checkpoint; leave --family out, and convert the result if it fits"
+        )
+    options: dict[str, Any] = {"upcycle": ("experts", "top_k", "every", "seed"), "moefy": ("experts", "top_k", "seed")}
+    chosen = {name: getattr(arguments, name) for name in options.get(arguments.operation, ("kv_heads",))}
+    source = local_folder(arguments.source)
+    if arguments.operation == "moefy" and arguments.text is not None:
+        chosen["tokens"] = _windows(source, Path(arguments.text))
+    operation = getattr(convert, arguments.operation.replace("-", "_"))
+    operate(source, arguments.target, lambda model: operation(model, **chosen))
+    print(f"{arguments.target} holds the model; train it further with zoo finetune --from {arguments.target}")
+
+
+def _windows(model: Path, text: Path, length: int = 512, count: int = 64) -> Any:
+    """The first tokens of a text file in up to `count` windows, by the model's tokenizer."""
+    import torch
+
+    from zoo.hf import load_tokenizer
+
+    ids = load_tokenizer(model)(text.read_text(encoding="utf-8"))["input_ids"]
+    if not ids:
+        raise ValueError(f"{text} is empty; give a text like those the model was trained on")
+    length = min(length, len(ids))
+    windows = torch.tensor(ids[: length * min(count, len(ids) // length)])
+    return windows.reshape(-1, length)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class ZooConfig(PreTrainedConfig):
     Args:
         model: a `ModelConfig`, or what `load_config` takes (a mapping, a YAML file, a preset's name); kept as data.
         use_cache: whether inference returns a `ZooCache` unless told otherwise.
+        published: the configuration of the published checkpoint that the model came from (see `zoo.convert`), if any.
         zoo_version: the version of efficient-zoo that wrote the file. Raises ValueError when it is newer than this one.
 
     `vocab_size`, `hidden_size`, `num_hidden_layers` and `tie_word_embeddings` read from `model`.
@@ -49,6 +50,7 @@ class ZooConfig(PreTrainedConfig):
 
     model: Any = None
     use_cache: bool = True
+    published: Any = None
     zoo_version: str = __version__
 
     def __post_init__(self, **kwargs: Any) -> None:

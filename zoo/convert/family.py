@@ -1,0 +1,116 @@
+"""What a family of published models is: one table of tensors' names and one mapping of configurations, both ways."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from zoo.config import ModelConfig
+from zoo.layers.norm import norm
+from zoo.layers.position import SCALINGS, Rotary
+from zoo.model import LanguageModel
+from zoo.registry import options
+
+
+class Entry(NamedTuple):
+    """A tensor of ours and the published ones that it is made of. `split` is the inverse of `join`."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor]
+    split: Callable[[Tensor], Sequence[Tensor]]
+
+
+def same(ours: str, theirs: str) -> Entry:
+    """One tensor under two names."""
+    return Entry(ours, (theirs,), lambda parts: parts[0], lambda whole: [whole])
+
+
+def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int]) -> Entry:
+    """Ours holds theirs below one another, each of so many rows."""
+    return Entry(ours, tuple(theirs), lambda parts: torch.cat(list(parts)), lambda whole: whole.split(list(rows)))
+
+
+class Family(NamedTuple):
+    """A published format.
+
+    - `read(config)` is the `ModelConfig` of a transformers configuration; it raises ValueError that names an option
+      that has no counterpart.
+    - `write(config)` gives the configuration's fields for a `ModelConfig`. It need not check whether they say all:
+      `published_config` does, by reading them back.
+    - `names(model)` lists every tensor of a model (one on the meta device) but a tied head.
+    - `derived`: patterns of published tensors' names that hold nothing but what the configuration says.
+    """
+
+    config_class: type[PreTrainedConfig]
+    architecture: str
+    read: Callable[[Any], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    names: Callable[[LanguageModel], list[Entry]]
+    embedding: str
+    head: str
+    derived: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        return self.config_class.model_type
+
+
+def published_config(family: Family, config: ModelConfig, original: Mapping[str, Any] | None) -> PreTrainedConfig:
+    """The family's configuration of a model: `original`, which it came with, where that still describes it.
+
+    Raises ValueError that names what the format cannot say.
+    """
+    wanted = spelled_out(config)
+    kept = {} if original is None or original.get("model_type") != family.model_type else dict(original)
+    kept.pop("model_type", None)
+    if kept:
+        found = family.config_class(**kept)
+        if spelled_out(family.read(found)) == wanted:
+            return found
+    try:
+        found = family.config_class(**kept | family.write(config))
+        said = spelled_out(family.read(found))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"the format {family.model_type!r} cannot hold this model: {error}") from error
+    for name in wanted | said:
+        if wanted.get(name) != said.get(name):
+            raise ValueError(
+                f"the format {family.model_type!r} cannot hold this model: {name}={wanted.get(name)!r} would become "
+                f"{said.get(name)!r}"
+            )
+    return found
+
+
+def spelled_out(config: ModelConfig) -> dict[str, Any]:
+    """All that a configuration says, flat and with every default written out, so that equal models are equal."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    said = {name: value for name, value in config.to_dict().items() if name not in ("stack", "version")}
+    if said["norm_eps"] is None:
+        said["norm_eps"] = vars(norm(config.norm, config.width))["eps"]
+    for index, (spec, residual) in enumerate(zip(config.blocks(), model.residuals, strict=True)):
+        said[f"blocks[{index}].kind"] = spec.kind
+        for option, parameter in options(spec.kind).items():
+            value = spec.options.get(option, parameter.default)
+            built = getattr(residual.block, option, None)
+            if value is None and isinstance(built, int):  # a size that the block chose
+                value = built
+            said[f"blocks[{index}].{option}"] = _position(value) if option == "position" else value
+    return said
+
+
+def _position(position: Any) -> Any:
+    """A rotary position with its defaults."""
+    if not isinstance(position, Mapping) or position.get("kind") != "rotary":
+        return position
+    known = inspect.signature(Rotary).parameters
+    full = {name: each.default for name, each in known.items() if name != "head_dim"} | dict(position)
+    if full["scaling"] is not None:
+        chosen = list(inspect.signature(SCALINGS[full["scaling"]["kind"]]).parameters.values())[3:]
+        full["scaling"] = {each.name: each.default for each in chosen} | dict(full["scaling"])
+    return full
