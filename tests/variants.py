@@ -21,7 +21,15 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "moe": [
         {},
-        {"experts": 5, "top_k": 1, "router": "sinkhorn", "expert": "mlp", "shared_experts": 1, "router_z": 0.1},
+        {
+            "experts": 5,
+            "top_k": 1,
+            "router": "sinkhorn",
+            "expert": {"kind": "mlp", "bias": True},
+            "out_bias": True,
+            "shared_experts": 1,
+            "router_z": 0.1,
+        },
         {"router": {"kind": "top_k", "order": "top_k_then_softmax"}},
         {"experts": 6, "router": {"kind": "loss_free", "groups": 3, "top_groups": 2, "scale": 2.5}},
         {"experts": 4, "router": {"kind": "smoe_dropout", "eval_top_k": 3}, "load_balance": 0.0},

@@ -15,6 +15,8 @@ FFNS = {
     "relu": {"kind": "mlp", "hidden": 24, "activation": "relu"},
     "relu2": {"kind": "mlp", "activation": "relu2"},
     "default": "mlp",
+    "gated, biases": {"kind": "swiglu", "hidden": 24, "bias": True},
+    "biases": {"kind": "mlp", "hidden": 24, "bias": True},
 }
 TURNED = {"kind": "rotary", "fraction": 0.7}  # heads of 3 features: 2 of them
 ffns = pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
@@ -225,7 +227,6 @@ def test_precision_is_kept():
 @pytest.mark.parametrize(
     ("operation", "ffn", "options", "message"),
     [
-        (upcycle, {"kind": "mlp", "bias": True}, {}, r"stack\[1\] \(kind mlp\) has biases, and experts have none"),
         (upcycle, "swiglu", {"top_k": 1}, "top_k=1 must be an integer from 2 .a lone renormalised weight"),
         (upcycle, "swiglu", {"top_k": 9}, "top_k=9 must be at most experts=8"),
         (upcycle, "swiglu", {"every": 0}, "every=0 must be a positive integer"),
@@ -236,7 +237,6 @@ def test_precision_is_kept():
             "no dense feed-forward layer .*; its blocks are gqa, rwkv4_channel_mix, mamba",
         ),
         (moefy, "rwkv4_channel_mix", {}, "no dense feed-forward layer; its blocks are gqa, rwkv4_channel_mix, mamba"),
-        (moefy, {"kind": "swiglu", "bias": True}, {}, r"stack\[1\] \(kind swiglu\) has biases"),
         (moefy, FFNS["swiglu"], {"experts": 7}, r"stack\[1\] .* has 24 neurons, which experts=7 cannot share out"),
         (moefy, "swiglu", {"top_k": 9}, "top_k=9 must be at most experts=8"),
         (share_kv, "swiglu", {"kv_heads": 3}, r"stack\[0\]: kv_heads=3 must divide the 4 .*; choose from 1, 2, 4"),

@@ -32,15 +32,19 @@ def loop(block, x, segments=None):
             weights, chosen = logits.topk(router.top_k)
             weights = weights.softmax(-1)
         for weight, expert in zip(weights, chosen, strict=True):
-            inner = token @ block.experts.up[expert]
+            biased = block.experts.up_bias is not None
+            inner = token @ block.experts.up[expert] + (block.experts.up_bias[expert] if biased else 0)
             if isinstance(block.experts, SwiGLUExperts):
                 gate, value = inner.chunk(2)
                 inner = F.silu(gate) * value
             else:
                 inner = F.gelu(inner)
-            y[row, time] += weight * (inner @ block.experts.down[expert])
+            bias = block.experts.down_bias[expert] if biased else 0
+            y[row, time] += weight * (inner @ block.experts.down[expert] + bias)
         if block.shared is not None:
             y[row, time] += block.shared(token[None, None]).y[0, 0]
+        if block.out_bias is not None:
+            y[row, time] += block.out_bias
     return y
 
 
@@ -57,12 +61,15 @@ def all_gradients(block, x, y):
         {"top_k": 1},
         {"top_k": 3, "router": {"kind": "top_k", "renormalise": False}, "expert": "mlp"},
         {"router": {"kind": "top_k", "order": "top_k_then_softmax"}, "shared_experts": 2},
+        {"expert": {"kind": "swiglu", "bias": True}, "shared_experts": 1, "out_bias": True},
     ],
-    ids=["default", "top1", "mlp", "shared"],
+    ids=["default", "top1", "mlp", "shared", "biases"],
 )
 def test_equals_the_loop(options, case):
     """Values and gradients of every parameter, in float64."""
     block = MoE(WIDTH, experts=EXPERTS, hidden=12, **options).double()
+    if block.out_bias is not None:
+        torch.nn.init.normal_(block.out_bias)  # it starts at 0
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     segments = None
     if case == "empty experts":
@@ -153,7 +160,7 @@ def test_equals_transformers(name, router, renormalise):
 # Independence, decoding ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"expert": "mlp", "shared_experts": 1, "top_k": 3}])
+@pytest.mark.parametrize("options", [{}, {"expert": {"kind": "mlp", "bias": True}, "shared_experts": 1, "top_k": 3}])
 def test_a_token_does_not_depend_on_the_batch(options):
     """Alone, in a batch, one by one with and without gradients: the same to the last digits of float64."""
     block = MoE(WIDTH, experts=EXPERTS, **options).double().eval()
@@ -188,7 +195,7 @@ def test_few_tokens_with_padding():
     assert not y[[1, 3]].any()
 
 
-@pytest.mark.parametrize("expert", ["swiglu", "mlp"])
+@pytest.mark.parametrize("expert", ["swiglu", {"kind": "mlp", "bias": True}])
 def test_few_gathered(expert):
     """The way for GPUs, which does not read the numbers on the host, is that of the CPU."""
     experts = MoE(WIDTH, experts=EXPERTS, expert=expert).double().experts

@@ -15,7 +15,11 @@ from zoo.moe.moe import MoE
 from zoo.moe.parallel import divide_experts, local
 
 WIDTH, EXPERTS = 12, 8
-KINDS = {"top_k": {}, "shared": {"shared_experts": 2, "top_k": 3}, "mlp": {"expert": "mlp", "router": "sinkhorn"}}
+KINDS = {
+    "top_k": {},
+    "shared": {"shared_experts": 2, "top_k": 3},
+    "biases": {"expert": {"kind": "mlp", "bias": True}, "router": "sinkhorn"},
+}
 
 
 def mixture(name: str) -> MoE:
@@ -61,7 +65,7 @@ def process(rank: int, world: int, port: int) -> None:
     for name in KINDS:
         whole = mixture(name)
         divided = copy.deepcopy(whole)
-        assert len(divide_experts(nn.ModuleList([divided]), mesh)) == 2
+        assert len(divide_experts(nn.ModuleList([divided]), mesh)) == (4 if name == "biases" else 2)
         assert local(divided.experts.up).shape[0] == EXPERTS // world
         for case in ("random", "alike", "padding"):
             found, wanted = run(divided, rank, case), run(whole, rank, case)

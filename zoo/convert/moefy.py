@@ -35,8 +35,9 @@ def moefy(
     a least-squares fit (with intercept) to the sizes of what the expert's neurons give out on them,
     Σ_n |activation_n| · ‖output weights_n‖. (The paper fits a two-layer network to a like sum.)
 
-    `model` stays as it is. `seed`: of the clustering's start. Raises ValueError for layers with biases or whose neurons
-    cannot be shared out evenly (by their place), and for a model without dense feed-forward layers.
+    `model` stays as it is. `seed`: of the clustering's start. Raises ValueError for layers whose neurons cannot be
+    shared out evenly (by their place), and for a model without dense feed-forward layers. A layer's output bias is
+    added to every token, whatever experts it visits.
     Cost: O(rounds · neurons · experts · width) a layer, and with `tokens` a forward pass and one solution of width
     equations a layer.
     """
@@ -67,7 +68,8 @@ def moefy(
             weight, bias = _fit(layer, cluster, inputs[block], experts)
         options = {"experts": experts, "top_k": top_k, "hidden": layer.hidden // experts, "router": "unweighted"}
         tensors |= {"router.weight": weight, "router.bias": bias}
-        return "moe", options | {"expert": layer.expert, "load_balance": 0.0}, tensors
+        options |= {"expert": layer.expert, "load_balance": 0.0, "out_bias": layer.down_bias is not None}
+        return "moe", options, tensors
 
     made = exchange(model, change)
     refuse_nothing_done(found, "dense feed-forward layer", model)
@@ -117,7 +119,12 @@ def _split(layer: Dense, cluster: Int[Tensor, " neurons"], experts: int) -> dict
     members = cluster.argsort(stable=True).reshape(experts, -1)
     halves = layer.up.unflatten(1, (-1, layer.hidden))  # [width, gate and value or one, neurons]
     up = halves[:, :, members].permute(2, 0, 1, 3).flatten(2)
-    return {"experts.up": up, "experts.down": layer.down[members]}
+    found = {"experts.up": up, "experts.down": layer.down[members]}
+    if layer.up_bias is not None and layer.down_bias is not None:
+        bias = layer.up_bias.unflatten(0, (-1, layer.hidden))[:, members].movedim(0, 1).flatten(1)
+        found |= {"experts.up_bias": bias, "out_bias": layer.down_bias}
+        found["experts.down_bias"] = torch.zeros_like(layer.down_bias).expand(experts, -1)
+    return found
 
 
 # Routers --------------------------------------------------------------------------------------------------------
@@ -152,7 +159,8 @@ def _fit(
 ) -> tuple[Float[Tensor, "experts width"], Float[Tensor, " experts"]]:
     """Weights and intercepts that predict the size of each expert's output, by ridge regression in float64."""
     one = build_experts(layer.expert, layer.up.shape[0], 1, layer.hidden)
-    fired = one.activate(x @ layer.up).abs() * layer.down.norm(dim=1)
+    inner = x @ layer.up if layer.up_bias is None else x @ layer.up + layer.up_bias
+    fired = one.activate(inner).abs() * layer.down.norm(dim=1)
     sizes = torch.stack([fired[:, cluster == each].sum(1) for each in range(experts)], 1).double()
     x = x.double()
     centred = x - x.mean(0)

@@ -46,30 +46,28 @@ def exchange(model: LanguageModel, change: Change) -> LanguageModel:
 
 
 class Dense(NamedTuple):
-    """A dense feed-forward layer as one expert: `expert` is the kind of experts that compute the same."""
+    """A dense feed-forward layer as one expert: `expert` is the kind of experts that compute the same, with biases
+    where the layer has any."""
 
     expert: dict[str, Any]
     up: Float[Tensor, "width inner"]
     down: Float[Tensor, "hidden width"]
+    up_bias: Float[Tensor, " inner"] | None
+    down_bias: Float[Tensor, " width"] | None
     hidden: int
 
 
 def dense(spec: BlockSpec, layer: Block) -> Dense | None:
-    """A block's matrices if it is a dense feed-forward layer, else None. Raises ValueError where it has biases."""
+    """A block's matrices if it is a dense feed-forward layer, else None."""
     if not isinstance(layer, FeedForward):
         return None
-    if layer.up.bias is not None:
-        raise ValueError(
-            f"{spec.where} (kind {spec.kind}) has biases, and experts have none; a model with bias: false can be "
-            "converted"
-        )
     expert: dict[str, Any] = {"kind": spec.kind}
-    for name in ("activation", "approximate"):
+    for name in ("activation", "approximate", "bias"):
         known = options_of(spec.kind)
         if name in known:
             expert[name] = spec.options.get(name, known[name].default)
     hidden = layer.down.in_features
-    return Dense(expert, layer.up.weight.mT, layer.down.weight.mT, hidden)
+    return Dense(expert, layer.up.weight.mT, layer.down.weight.mT, layer.up.bias, layer.down.bias, hidden)
 
 
 def refuse_nothing_done(found: int, what: str, model: LanguageModel) -> None:

@@ -21,8 +21,8 @@ def upcycle(model: LanguageModel, experts: int = 8, top_k: int = 2, every: int =
     one's at the start; experts grow apart as they are trained on different tokens. `every`: only every so many-th
     feed-forward layer (2: the second, the fourth ..., as in the paper). `seed`: of the router's initial values.
 
-    `model` stays as it is. Raises ValueError for layers with biases (by their place), for top_k=1 (the one renormalised
-    weight is always 1, so no gradient would reach the router), and for a model without dense feed-forward layers.
+    `model` stays as it is. Raises ValueError for top_k=1 (the one renormalised weight is always 1, so no gradient
+    would reach the router), and for a model without dense feed-forward layers.
     """
     integer("every", every)
     if integer("top_k", top_k, 2, " (a lone renormalised weight is 1 and trains no router)") > integer(
@@ -42,8 +42,10 @@ def upcycle(model: LanguageModel, experts: int = 8, top_k: int = 2, every: int =
             return None
         options = {"experts": experts, "top_k": top_k, "hidden": layer.hidden, "expert": layer.expert}
         router = torch.randn(experts, model.config.width, generator=generator) * (3 * model.config.width) ** -0.5
-        copies = {"up": layer.up, "down": layer.down}
-        tensors = {f"experts.{name}": each.expand(experts, -1, -1) for name, each in copies.items()}
+        copies = {name: getattr(layer, name) for name in ("up", "down", "up_bias", "down_bias")}
+        tensors = {
+            f"experts.{name}": each.expand(experts, *each.shape) for name, each in copies.items() if each is not None
+        }
         return "moe", options | {"router": ROUTER}, tensors | {"router.weight": router}
 
     made = exchange(model, change)

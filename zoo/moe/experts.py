@@ -6,7 +6,7 @@ and `shared(count)`, a block for experts that every token visits. A class and on
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops import grouped_mm
-from zoo.block import Block
+from zoo.block import Block, tag
 from zoo.layers.ffn import GEGLU, MLP, SwiGLU, activation_function, check_hidden, gated_hidden, gelu_by
 from zoo.moe.parallel import local
 from zoo.moe.routers import build
@@ -28,19 +28,25 @@ EXPERTS: dict[str, str] = {
 
 
 class Experts(nn.Module):
-    """`up` [experts, width, inner] and `down` [experts, hidden, width], used as rows @ matrix, no biases.
+    """`up` [experts, width, inner] and `down` [experts, hidden, width], used as rows @ matrix; with `bias` also
+    `up_bias` [experts, inner] and `down_bias` [experts, width].
 
-    Both are stored input by output, as grouped_mm takes them: their gradients then need no transposed copy.
+    Matrices are stored input by output, as grouped_mm takes them: their gradients then need no transposed copy.
     """
 
     activation: Callable[[Tensor], Tensor]
-    per_expert: ClassVar[tuple[str, ...]] = ("up", "down")  # parameters whose first dimension counts experts
 
-    def __init__(self, width: int, experts: int, hidden: int, inner: int):
+    def __init__(self, width: int, experts: int, hidden: int, inner: int, bias: bool):
         super().__init__()
         self.width, self.experts, self.hidden = width, experts, hidden
         self.up = nn.Parameter(torch.empty(experts, width, inner))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        self.up_bias = nn.Parameter(torch.empty(experts, inner)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, width)) if bias else None
+        # Parameters whose first dimension counts experts.
+        self.per_expert = ("up", "down", "up_bias", "down_bias") if bias else ("up", "down")
+        for name in self.per_expert[2:]:
+            tag(self, name, weight_decay=False)
         self.reset_parameters()
 
     @classmethod
@@ -49,9 +55,12 @@ class Experts(nn.Module):
         return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def reset_parameters(self) -> None:
-        """Each expert as nn.Linear by variance: normal with standard deviation 1/sqrt(3 inputs)."""
-        for weight in (self.up, self.down):
-            nn.init.normal_(weight, std=(3 * weight.shape[1]) ** -0.5)
+        """Each expert as nn.Linear by variance: normal with standard deviation 1/sqrt(3 inputs), biases too."""
+        for weight, bias in ((self.up, self.up_bias), (self.down, self.down_bias)):
+            std = (3 * weight.shape[1]) ** -0.5
+            nn.init.normal_(weight, std=std)
+            if bias is not None:
+                nn.init.normal_(bias, std=std)
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
@@ -62,15 +71,16 @@ class Experts(nn.Module):
 
     def parameters_used(self, visits: int) -> int:
         """Parameters that a token uses which visits so many experts."""
-        return visits * (self.up.numel() + self.down.numel()) // self.experts
+        return visits * sum(p.numel() for p in self.parameters()) // self.experts
 
     def flops(self, visits: int) -> int:
         """Forward FLOPs of a token in the experts it visits."""
-        return 2 * self.parameters_used(visits)
+        return sum(max(1, p.ndim - 1) * visits * p.numel() // self.experts for p in self.parameters())
 
     def forward(self, rows: Float[Tensor, "rows width"], sizes: Int[Tensor, " experts"]) -> Float[Tensor, "rows width"]:
         """Rows sorted by expert, `sizes` to each; rows behind the last expert's come out as zeros."""
-        return grouped_mm(self.activate(grouped_mm(rows, local(self.up), sizes)), local(self.down), sizes)
+        inner = _biased(grouped_mm(rows, local(self.up), sizes), self.up_bias, sizes)
+        return _biased(grouped_mm(self.activate(inner), local(self.down), sizes), self.down_bias, sizes)
 
     def few(
         self,
@@ -90,37 +100,54 @@ class Experts(nn.Module):
         ):
             for expert, factor in zip(numbers, factors, strict=True):
                 if expert < self.experts:
-                    out.addmm_(self.activate(row @ self.up[expert]), self.down[expert], alpha=factor)
+                    inner = row @ self.up[expert]
+                    inner = inner if self.up_bias is None else inner + self.up_bias[expert]
+                    out.addmm_(self.activate(inner), self.down[expert], alpha=factor)
+                    if self.down_bias is not None:
+                        out.add_(self.down_bias[expert], alpha=factor)
         return y
 
     def few_gathered(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Float[Tensor, "tokens width"]:
         """`few` without reading `chosen` on the host. Where it says "no expert" the last one runs, with weight 0."""
         index = chosen.clamp_max(self.experts - 1)
-        inner = self.activate(torch.einsum("nd,nkdi->nki", tokens, self.up[index]))
-        rows = torch.einsum("nkh,nkhd->nkd", inner, self.down[index])
+        inner = torch.einsum("nd,nkdi->nki", tokens, self.up[index])
+        inner = inner if self.up_bias is None else inner + self.up_bias[index]
+        rows = torch.einsum("nkh,nkhd->nkd", self.activate(inner), self.down[index])
+        rows = rows if self.down_bias is None else rows + self.down_bias[index]
         return torch.einsum("nkd,nk->nd", rows, weights.to(rows.dtype))
 
 
-class SwiGLUExperts(Experts):
-    """Experts silu(x Wg) ⊙ (x Wu) Wd (Mixtral, 2401.04088). `up[e]` holds the gate's columns, then the value's."""
+def _biased(y: Float[Tensor, "rows out"], bias: Tensor | None, sizes: Int[Tensor, " experts"]) -> Tensor:
+    """y plus the bias of each row's expert; rows behind the last expert's stay as they are."""
+    if bias is None:
+        return y
+    expert = torch.searchsorted(sizes.cumsum(0), torch.arange(len(y), device=y.device), right=True)
+    return y + F.pad(local(bias).to(y.dtype), (0, 0, 0, 1)).index_select(0, expert)
 
-    def __init__(self, width: int, experts: int, hidden: int | None = None):
+
+class SwiGLUExperts(Experts):
+    """Experts silu(x Wg) ⊙ (x Wu) Wd (Mixtral, 2401.04088). `up[e]` holds the gate's columns, then the value's.
+    Option: `bias`, on all projections."""
+
+    def __init__(self, width: int, experts: int, hidden: int | None = None, *, bias: bool = False):
         hidden = gated_hidden(width) if hidden is None else check_hidden(hidden)
-        super().__init__(width, experts, hidden, 2 * hidden)
+        super().__init__(width, experts, hidden, 2 * hidden, bias)
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         gate, value = inner.chunk(2, dim=-1)
         return F.silu(gate) * value
 
     def shared(self, count: int) -> Block:
-        return SwiGLU(self.width, hidden=count * self.hidden)
+        return SwiGLU(self.width, hidden=count * self.hidden, bias=self.up_bias is not None)
 
 
 class GEGLUExperts(SwiGLUExperts):
-    """Experts gelu(x Wg) ⊙ (x Wu) Wd. Option: `approximate`, as of the block `geglu`."""
+    """Experts gelu(x Wg) ⊙ (x Wu) Wd. Options: `approximate` and `bias`, as of the block `geglu`."""
 
-    def __init__(self, width: int, experts: int, hidden: int | None = None, *, approximate: str = "none"):
-        super().__init__(width, experts, hidden)
+    def __init__(
+        self, width: int, experts: int, hidden: int | None = None, *, approximate: str = "none", bias: bool = False
+    ):
+        super().__init__(width, experts, hidden, bias=bias)
         self.approximate, self.gate = approximate, gelu_by(approximate)
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
@@ -128,23 +155,28 @@ class GEGLUExperts(SwiGLUExperts):
         return self.gate(gate) * value
 
     def shared(self, count: int) -> Block:
-        return GEGLU(self.width, hidden=count * self.hidden, approximate=self.approximate)
+        biased = self.up_bias is not None
+        return GEGLU(self.width, hidden=count * self.hidden, bias=biased, approximate=self.approximate)
 
 
 class MLPExperts(Experts):
-    """Experts activation(x Wu) Wd (Switch Transformer, 2101.03961). Option: `activation`, as of the block `mlp`."""
+    """Experts activation(x Wu) Wd (Switch Transformer, 2101.03961). Options: `activation` and `bias`, as of the block
+    `mlp`."""
 
-    def __init__(self, width: int, experts: int, hidden: int | None = None, *, activation: str = "gelu"):
+    def __init__(
+        self, width: int, experts: int, hidden: int | None = None, *, activation: str = "gelu", bias: bool = False
+    ):
         self.activation_name, function = activation, activation_function(activation)
         hidden = 4 * width if hidden is None else check_hidden(hidden)
-        super().__init__(width, experts, hidden, hidden)
+        super().__init__(width, experts, hidden, hidden, bias)
         self.function = function
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         return self.function(inner)
 
     def shared(self, count: int) -> Block:
-        return MLP(self.width, hidden=count * self.hidden, activation=self.activation_name)
+        biased = self.up_bias is not None
+        return MLP(self.width, hidden=count * self.hidden, activation=self.activation_name, bias=biased)
 
 
 def build_experts(spec: Any, width: int, experts: int, hidden: int | None) -> Any:

@@ -84,8 +84,8 @@ class MPOExperts(nn.Module):
     - `sites`: how many tensors a matrix has, an odd number.
     - `activation`: "swiglu" (gate, value and down), or one of the block `mlp` (up and down).
     - `mask`: while training, the probability with which an expert's part of the gradient of C is left out. C gets the
-      gradients of all experts, an auxiliary tensor only its expert's: this keeps C from running ahead (the paper's gradient mask).
-      Drawn for each expert in each call.
+      gradients of all experts, an auxiliary tensor only its expert's: this keeps C from running ahead (the paper's
+      gradient mask). Drawn for each expert in each call.
     """
 
     def __init__(

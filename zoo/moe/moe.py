@@ -5,11 +5,11 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.precision import autocasting
-from zoo.block import Block, Out, State
+from zoo.block import Block, Out, State, tag
 from zoo.layers.checks import integer, number
 from zoo.moe import losses
 from zoo.moe.experts import Experts, build_experts
@@ -67,6 +67,8 @@ class MoE(Block):
     - `expert`: "swiglu", "geglu", "mlp", {"kind": "mlp", "activation": "relu2"}, {"kind": "mpo", "bond": 32} (matrices
       that share their largest tensor) or an Experts object.
     - `shared_experts`: how many more experts every token visits, with weight 1.
+    - `out_bias`: a vector added to every token's output that no router weighs (of a dense layer, see
+      `zoo.convert.moefy`).
     - `load_balance`, `router_z`: weights of the two losses; a loss of weight 0 is left out.
 
     aux: "loss/load_balance", "loss/router_z" (weighted), "stat/load" (each expert's share of choices, before any is
@@ -92,6 +94,7 @@ class MoE(Block):
         shared_experts: int = 0,
         load_balance: float = 0.01,
         router_z: float = 0.0,
+        out_bias: bool = False,
     ):
         super().__init__(width)
         integer("shared_experts", shared_experts, 0)
@@ -102,6 +105,9 @@ class MoE(Block):
         self.router = build_router(router, width, experts, top_k)
         self.experts = build_experts(expert, width, experts, hidden)
         self.shared = self.experts.shared(shared_experts) if shared_experts else None
+        self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
+        if out_bias:
+            tag(self, "out_bias", weight_decay=False)
         self.exchange: Exchange | None = None  # with the processes that hold the other experts; see `divide_experts`
         if not self.router.causal:
             self.causal = False  # pyright: ignore[reportAttributeAccessIssue]  # depends on the router given
@@ -120,7 +126,10 @@ class MoE(Block):
         y, counts = run(x.flatten(0, 1), routing)
         y = y.reshape(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x).y
+            y = y + self.shared(x, segments=segments).y
+        if self.out_bias is not None:
+            bias = self.out_bias.to(y.dtype)
+            y = y + (bias if segments is None else torch.where((segments != 0)[..., None], bias, 0.0))
         return Out(y, state, self.aux(routing, counts, segments))
 
     def is_few(self, routing: Routing, x: Tensor) -> bool:
@@ -181,8 +190,9 @@ class MoE(Block):
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: the router, the experts it visits, the shared ones."""
-        fixed = [self.router] if self.shared is None else [self.router, self.shared]
-        always = sum(p.numel() for module in fixed for p in module.parameters())
+        parts = [self.router] if self.shared is None else [self.router, self.shared]
+        always = sum(p.numel() for module in parts for p in module.parameters())
+        always += 0 if self.out_bias is None else self.width
         return always + self.experts.parameters_used(self.router.visits)
 
     def flops_per_token(self, context: int) -> int:
