@@ -275,6 +275,19 @@ class Later(Hash):
     causal = False
 
 
+def test_a_router_is_one_file(tmp_path, monkeypatch):
+    """Found by its file's name; nothing else names it."""
+    import zoo.moe
+
+    (tmp_path / "router_mine.py").write_text("from zoo.moe.router_top_k import TopK\n\n\nclass Mine(TopK):\n    pass\n")
+    with pytest.raises(ValueError, match=r"unknown router 'mine'.*Known: base, expert_choice, loss_free, "):
+        MoE(WIDTH, router="mine")
+    monkeypatch.setattr(zoo.moe, "__path__", [*zoo.moe.__path__, str(tmp_path)])
+    block = MoE(WIDTH, router={"kind": "mine", "jitter": 0.1})
+    assert type(block.router).__name__ == "Mine"
+    assert block.router.jitter == 0.1
+
+
 def test_an_injected_router_and_experts():
     block = MoE(WIDTH, experts=3, top_k=1, router=Hash(WIDTH, 3), expert=MLPExperts(WIDTH, 3, 20)).double()
     x = torch.randn(2, 6, WIDTH, dtype=torch.float64)

@@ -1,12 +1,13 @@
-"""What a router is, and the table of routers.
+"""What a router is, and how one is found by its name.
 
 A router looks at tokens and says which experts each one visits and with what weight. It is the one thing that
-differs between most mixtures of experts, so it is an object injected into the block: a file with a class, and one
-line in `ROUTERS`.
+differs between most mixtures of experts, so it is an object injected into the block: a file router_NAME.py beside this
+one, with one class of `Router`. Nothing else knows of it.
 """
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,17 +17,6 @@ from torch import Tensor, nn
 
 from ops.precision import full_precision
 from zoo.layers.spelling import nearest
-
-ROUTERS: dict[str, str] = {
-    "top_k": "zoo.moe.router_top_k:TopK",
-    "sinkhorn": "zoo.moe.router_sinkhorn:Sinkhorn",
-    "base": "zoo.moe.router_base:Base",
-    "expert_choice": "zoo.moe.router_expert_choice:ExpertChoice",
-    "loss_free": "zoo.moe.router_loss_free:LossFree",
-    "smoe_dropout": "zoo.moe.router_smoe_dropout:SMoEDropout",
-    "stable": "zoo.moe.router_stable:Stable",
-    "unweighted": "zoo.moe.router_unweighted:Unweighted",
-}
 
 
 class Routing(NamedTuple):
@@ -161,11 +151,34 @@ def build_router(spec: Any, width: int, experts: int, top_k: int) -> Router:
                     f"pass the same {name} to both"
                 )
         return spec
-    return build(ROUTERS, "router", spec, width=width, experts=experts, top_k=top_k)
+    return build(routers(), "router", spec, width=width, experts=experts, top_k=top_k)
+
+
+def routers() -> dict[str, str]:
+    """Every router's name and the module that holds it, by the files there are. Imports none."""
+    package = __name__.rpartition(".")[0]
+    folder = importlib.import_module(package).__path__
+    names = sorted(each.name for each in pkgutil.iter_modules(folder) if each.name.startswith("router_"))
+    return {name.removeprefix("router_"): f"{package}.{name}" for name in names}
+
+
+def _class(place: str) -> Any:
+    """The class at "module:Class", or the router that a module defines."""
+    name, _, wanted = place.partition(":")
+    module = importlib.import_module(name)
+    if wanted:
+        return getattr(module, wanted)
+    (found,) = (
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, Router) and each.__module__ == name
+    )
+    return found
 
 
 def build(table: Mapping[str, str], what: str, spec: Any, **sizes: Any) -> Any:
-    """Build the `what` that `spec` names ("name" or {"kind": "name", **options}) from a table "module:Class"."""
+    """Build the `what` that `spec` names ("name" or {"kind": "name", **options}) from a table of "module:Class", or of
+    modules that define one router each."""
     options = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in table:
@@ -173,8 +186,7 @@ def build(table: Mapping[str, str], what: str, spec: Any, **sizes: Any) -> Any:
             f"unknown {what} {kind!r}{nearest(kind, table)}. Known: {', '.join(table)}; "
             f"pass a name, {{'kind': name, **options}} or an object"
         )
-    module, name = table[kind].split(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = _class(table[kind])
     known = cls.options()
     for option in options:
         if option not in known:
