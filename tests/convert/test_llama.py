@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import zoo.convert
-from tests.convert.peer import in_float64, randomise
+from tests.convert.peer import equals_transformers, randomise, there_and_back
 from zoo.config import ModelConfig, preset
 from zoo.convert.family import spelled_out
 from zoo.convert.published import target_config
@@ -44,67 +44,19 @@ CASES = {
 cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 
 
-def peer(**options) -> transformers.LlamaForCausalLM:
-    """transformers' model in float64; to be built and run within `in_float64`."""
-    config = transformers.LlamaConfig(**SIZES | options, attn_implementation="eager")
-    return randomise(transformers.LlamaForCausalLM(config).double())
-
-
 def batch() -> torch.Tensor:
     return torch.randint(6, SIZES["vocab_size"], (3, 24))
 
 
 @cases
 def test_logits_and_generation_equal_transformers(options):
-    tokens = batch()
-    with in_float64():
-        theirs = peer(**options)
-    ours = zoo.convert.load(theirs)
-    assert ours.dtype == torch.float64
-    masks = {"plain": torch.ones_like(tokens), "left": torch.ones_like(tokens), "right": torch.ones_like(tokens)}
-    for row, length in enumerate((24, 17, 3)):
-        masks["left"][row, : 24 - length] = 0
-        masks["right"][row, length:] = 0
-    for where, mask in masks.items():
-        given = {} if where == "plain" else {"attention_mask": mask}
-        with in_float64(), torch.no_grad():
-            wanted = theirs(tokens, position_ids=(mask.cumsum(1) - 1).clamp_min(0), **given).logits
-        found = ours(tokens, **given).logits
-        # A large logit is tens: the weights are far from a trained model's.
-        error = (found - wanted)[mask == 1].abs().max() / wanted.abs().max()
-        assert error < 1e-9, f"{where}: {error}"
-    chosen = {"max_new_tokens": 12, "do_sample": False, "attention_mask": masks["left"]}
-    with in_float64():
-        wanted = theirs.generate(tokens, **chosen)
-    assert torch.equal(ours.generate(tokens, **chosen), wanted)
+    equals_transformers(transformers.LlamaConfig(**SIZES | options, attn_implementation="eager"))
 
 
 @cases
 def test_there_and_back_is_bitwise_the_same(options, tmp_path):
     config = transformers.LlamaConfig(**SIZES | options, initializer_range=0.1, bos_token_id=3)
-    theirs = randomise(transformers.LlamaForCausalLM(config).bfloat16())
-    theirs.generation_config.temperature = 0.5
-    theirs.generation_config.do_sample = True
-    theirs.save_pretrained(tmp_path / "llama")
-    model = zoo.convert.load(tmp_path / "llama")
-    assert model.dtype == torch.bfloat16
-    assert model.generation_config.eos_token_id == 5
-    assert model.generation_config.temperature == 0.5
-    zoo.convert.save(model, tmp_path / "saved")
-    assert zoo.convert.convert(tmp_path / "llama", tmp_path / "zoo") == "zoo"
-    assert zoo.convert.convert(tmp_path / "zoo", tmp_path / "converted") == "llama"
-    for way in ("saved", "converted"):
-        original, back = (load_file(tmp_path / each / "model.safetensors") for each in ("llama", way))
-        assert original.keys() == back.keys()
-        assert all(torch.equal(original[name], back[name]) for name in original)
-        said, again = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("llama", way))
-        assert said == again
-        said, again = (json.loads((tmp_path / each / "generation_config.json").read_text()) for each in ("llama", way))
-        assert said == again
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / way, dtype="auto")
-        assert type(loaded) is transformers.LlamaForCausalLM
-    both = [dict(each.state_dict()) for each in (model, ZooForCausalLM.from_pretrained(tmp_path / "zoo", dtype="auto"))]
-    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    there_and_back(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b"])
@@ -137,7 +89,7 @@ BLOCKS = [{"kind": "gqa", "heads": 2}, "swiglu"]
     [
         ({"stack": [{"kind": "gqa", "heads": 2, "window": 4}, "swiglu"]}, r"blocks\[0\].window=4 would become None"),
         ({"stack": [*BLOCKS, {"kind": "gqa", "heads": 3}, "swiglu"]}, r"blocks\[2\].heads=3 would become 2"),
-        ({"stack": ["mamba", "swiglu"]}, r"stack\[0\] is of kind mamba; its blocks are gqa, then swiglu"),
+        ({"stack": ["mamba", "swiglu"]}, r"stack\[0\] is of kind mamba; its blocks are gqa, then swiglu or geglu"),
         ({"stack": [*BLOCKS, "gqa"]}, "the stack has 3 blocks"),
         ({"stack": [{"kind": "gqa", "position": None}, "swiglu"]}, r"blocks\[0\].position=None would become"),
         ({"stack": [{"kind": "gqa", "bias": True}, "swiglu"]}, r"blocks\[0\].out_bias=False would become True"),
@@ -151,7 +103,7 @@ BLOCKS = [{"kind": "gqa", "heads": 2}, "swiglu"]
 def test_what_a_llama_cannot_hold_is_named(changed, message):
     config = ZooConfig(model={"vocab_size": 7, "width": 24, "stack": BLOCKS} | changed)
     with pytest.raises(ValueError, match="the format 'llama' cannot hold this model: " + message):
-        target_config(config, None)
+        target_config(config, "llama")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +245,9 @@ def test_pickles_damage_and_other_places(stored, tmp_path):
 
 def test_other_models_are_named(tmp_path):
     transformers.GPT2Config(n_embd=4, n_layer=1, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type='gpt2' cannot be converted; these can: llama"):
+    with pytest.raises(
+        ValueError, match="model_type='gpt2' cannot be converted; these can: llama, mistral, qwen2, qwen3, mixtral, "
+    ):
         zoo.convert.load(tmp_path)
     other = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES))
     with pytest.raises(ValueError, match="LlamaForSequenceClassification cannot be converted; pass a LlamaForCausalLM"):

@@ -53,6 +53,7 @@ class GQA(Block):
         sinks: with a window, a document's first tokens that all of it sees (StreamingLLM, 2309.17453).
         qk_norm: "rms" or "layer": a norm over each head of q and k, before positions (Qwen 3, 2505.09388);
             "rms_across": one over all heads together (OLMoE, 2409.02060).
+        qk_norm_eps: added under those norms' root; None is the norm's own default.
         bias: on the projections of q, k and v.
         out_bias: on the output projection.
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, 2408.00118).
@@ -79,6 +80,7 @@ class GQA(Block):
         window: int | None = None,
         sinks: int = 0,
         qk_norm: str | None = None,
+        qk_norm_eps: float | None = None,
         bias: bool = False,
         out_bias: bool = False,
         softcap: float | None = None,
@@ -109,16 +111,21 @@ class GQA(Block):
             if has:
                 tag(linear, "bias", weight_decay=False)
         self.norm_across = qk_norm == "rms_across"
-        self.q_norm, self.k_norm = (self._norm(qk_norm, heads) for heads in (self.heads, self.kv_heads))
+        self.q_norm, self.k_norm = (self._norm(qk_norm, heads, qk_norm_eps) for heads in (self.heads, self.kv_heads))
+        self.qk_norm_eps = None if self.q_norm is None else self.q_norm.eps
 
-    def _norm(self, kind: str | None, heads: int) -> nn.Module | None:
+    def _norm(self, kind: str | None, heads: int, eps: float | None) -> nn.Module | None:
         if kind is None:
+            if eps is not None:
+                raise ValueError(
+                    f"qk_norm_eps={eps} needs a norm of queries and keys; set qk_norm to rms, or leave it out"
+                )
             return None
         if self.norm_across:
-            return norm("rms", heads * self.head_dim)
+            return norm("rms", heads * self.head_dim, eps)
         if kind not in NORMS:
             raise ValueError(f"qk_norm={kind!r} is unknown; choose from {', '.join(NORMS)}, rms_across")
-        return norm(kind, self.head_dim)
+        return norm(kind, self.head_dim, eps)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> KVState | RingState:
         if not self.causal:

@@ -54,6 +54,7 @@ class Family(NamedTuple):
     embedding: str
     head: str
     derived: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()  # options that `read` reads though the class does not declare them
 
     @property
     def model_type(self) -> str:
@@ -98,10 +99,24 @@ def spelled_out(config: ModelConfig) -> dict[str, Any]:
         for option, parameter in options(spec.kind).items():
             value = spec.options.get(option, parameter.default)
             built = getattr(residual.block, option, None)
-            if value is None and isinstance(built, int):  # a size that the block chose
+            if option == "hidden" and spec.kind == "moe":
+                built = residual.block.experts.hidden  # type: ignore[union-attr]
+            if value is None and isinstance(built, int | float):  # a size that the block chose
                 value = built
+            if spec.kind == "moe" and option in ("router", "expert"):
+                value = _part(value, residual.block.router if option == "router" else residual.block.experts)
             said[f"blocks[{index}].{option}"] = _position(value) if option == "position" else value
     return said
+
+
+def _part(spec: Any, built: Any) -> Any:
+    """A router or experts, named by a spec, with their defaults, and what they chose in the place of None."""
+    if not isinstance(spec, str | Mapping):
+        return spec
+    given = dict(spec) if isinstance(spec, Mapping) else {"kind": spec}
+    known = inspect.signature(type(built)).parameters.values()
+    full = {each.name: each.default for each in known if each.kind is each.KEYWORD_ONLY} | given
+    return {name: getattr(built, name, None) if value is None else value for name, value in full.items()}
 
 
 def _position(position: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from zoo.config import ModelConfig
 from zoo.convert.family import Family, published_config
@@ -25,6 +26,12 @@ from zoo.model import LanguageModel
 # transformers' model_type -> "module:name" of the Family, imported when first asked for.
 FAMILIES: dict[str, str] = {
     "llama": "zoo.convert.llama:FAMILY",
+    "mistral": "zoo.convert.mistral:FAMILY",
+    "qwen2": "zoo.convert.qwen2:FAMILY",
+    "qwen3": "zoo.convert.qwen3:FAMILY",
+    "mixtral": "zoo.convert.mixtral:FAMILY",
+    "olmoe": "zoo.convert.olmoe:FAMILY",
+    "qwen3_moe": "zoo.convert.qwen3_moe:FAMILY",
 }
 # What a tokenizer is stored in: copied beside a converted checkpoint.
 TOKENIZER = (
@@ -65,7 +72,8 @@ def load(source: Any) -> ZooForCausalLM:
         kind = family(source.config.model_type)
         if type(source).__name__ != kind.architecture:
             raise ValueError(f"{type(source).__name__} cannot be converted; pass a {kind.architecture}")
-        tensors = Tensors.of(type(source).__name__, source.state_dict())
+        # As transformers would save them: in memory it stacks experts.
+        tensors = Tensors.of(type(source).__name__, revert_weight_conversion(source, source.state_dict()))
         generation, config = source.generation_config, source.config
     else:
         folder = local_folder(source)
@@ -149,7 +157,7 @@ def zoo_config(kind: Family, config: PreTrainedConfig) -> ZooConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantization_config: quantised weights cannot be converted; dequantise them first")
     original = {name: value for name, value in config.to_diff_dict().items() if name not in ABOUT_FILE}
-    unknown = sorted(set(original) - set(kind.config_class().to_dict()))
+    unknown = sorted(set(original) - set(kind.config_class().to_dict()) - set(kind.more))
     if unknown:
         warnings.warn(
             f"transformers' {kind.config_class.__name__} has no {', '.join(unknown)}, so no effect is converted",
