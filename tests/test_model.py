@@ -57,16 +57,38 @@ def test_the_formula(norm, position, embedding_norm, tied):
 
 
 def test_scaled_embeddings_and_capped_logits():
-    """Of the same weights: rows as if the table were 3 times as large, logits bent below 0.5; embeddings given in the
-    place of tokens alike."""
+    """Of the same weights: rows as if the table were 3 times as large, logits halved and bent below 0.5; embeddings
+    given in the place of tokens alike."""
     plain = build(["mlp"], tied_embeddings=False)
-    model = build(["mlp"], tied_embeddings=False, embedding_scale=3.0, logit_softcap=0.5)
+    model = build(["mlp"], tied_embeddings=False, embedding_scale=3.0, logit_scale=0.5, logit_softcap=0.5)
     model.load_state_dict(plain.state_dict())
     tokens = torch.randint(17, (2, 5))
-    wanted = 0.5 * torch.tanh(plain(embeddings=3 * plain.embedding(tokens)).logits / 0.5)
+    wanted = 0.5 * torch.tanh(0.5 * plain(embeddings=3 * plain.embedding(tokens)).logits / 0.5)
     assert wanted.abs().max() > 0.05
     torch.testing.assert_close(model(tokens).logits, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(model(embeddings=model.embedding(tokens)).logits, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_residual_sums_may_be_weighed(position):
+    """α x + β f(x), norms where they are."""
+    entry = {"kind": "mlp", "residual": {"skip": -2.0, "scale": 0.3}}
+    model = build([entry, {"repeat": 2, "blocks": ["mlp", entry]}], norm_position=position)
+    tokens = torch.randint(17, (2, 5))
+    x = model.embedding(tokens)
+    for index, each in enumerate(model.residuals):
+        skip, scale = (1.0, 1.0) if index in (1, 3) else (-2.0, 0.3)
+        if position == "pre":
+            x = skip * x + scale * each.block(each.norm(x)).y
+        else:
+            x = each.norm(skip * x + scale * each.block(x).y)
+    torch.testing.assert_close(model(tokens).hidden, model.norm(x), rtol=0, atol=1e-12)
+    assert zoo.ModelConfig.from_dict(model.config.to_dict()) == model.config
+
+
+def test_a_composite_block_has_residuals_of_its_own():
+    with pytest.raises(ValueError, match=r"stack\[1\] \(kind dense_mamba\): residual with skip=2 and scale=1.0 is not"):
+        build(["mlp", {"kind": "dense_mamba", "residual": {"skip": 2}}])
 
 
 def test_a_composite_block_stands_bare(monkeypatch):

@@ -7,6 +7,7 @@
         blocks:
           - {kind: mamba, state_size: 16}
           - swiglu                          # a kind alone takes its defaults
+          - {kind: swiglu, residual: {skip: 1.0, scale: 0.2}}      # x ← skip · x + scale · f(norm(x))
 
 Every mistake is one ValueError that names the key, the value and the remedy.
 """
@@ -34,11 +35,14 @@ _CHOICES = {
 
 
 class BlockSpec(NamedTuple):
-    """One block of a flattened stack; `where` is its place in the data, for messages."""
+    """One block of a flattened stack; `where` is its place in the data, for messages. The model adds `scale` times its
+    output to `skip` times the stream."""
 
     kind: str
     options: dict[str, Any]
     where: str
+    skip: float = 1.0
+    scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +52,16 @@ class ModelConfig:
     Args:
         vocab_size: rows of the embedding and of the head.
         width: features of the residual stream.
-        stack: blocks in order, each `{kind: ..., option: ...}`, a kind alone, or `{repeat: n, blocks: [...]}`.
+        stack: blocks in order, each `{kind: ..., option: ...}`, a kind alone, or `{repeat: n, blocks: [...]}`. Beside a
+            block's own options, `residual: {skip: α, scale: β}` makes its sum α · x + β · f(x) (DeepNet, 2203.00555;
+            MiniMax-01, 2501.08313; Granite).
         norm: "rms" or "layer", before (or after) each block and before the head.
         norm_eps: added under the norm's root; None is the norm's own default.
         norm_position: "pre": x + f(norm(x)), a last norm before the head; "post": norm(x + f(x)).
         embedding_norm: a norm right after the embedding (RWKV, BLOOM).
         embedding_scale: a factor on the embedding's rows (Gemma: the root of width).
         tied_embeddings: the head is the embedding's transpose.
+        logit_scale: a factor on the logits (Granite, Cohere; muP, 2203.03466).
         logit_softcap: logits are softcap · tanh(logits / softcap), so below it in size (Gemma 2); None leaves them.
         objective: "causal" (next token) or "masked" (fill in; bidirectional blocks allowed).
         dropout: on each block's output, while training.
@@ -71,6 +78,7 @@ class ModelConfig:
     embedding_norm: bool = False
     embedding_scale: float = 1.0
     tied_embeddings: bool = True
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     objective: Literal["causal", "masked"] = "causal"
     dropout: float = 0.0
@@ -93,6 +101,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         if number("embedding_scale", self.embedding_scale) == 0:
             raise ValueError("embedding_scale=0 would make every token alike; 1 leaves the embedding as it is")
+        if number("logit_scale", self.logit_scale) == 0:
+            raise ValueError("logit_scale=0 would make every token as likely; 1 leaves the logits as they are")
         if self.logit_softcap is not None and number("logit_softcap", self.logit_softcap) <= 0:
             raise ValueError(f"logit_softcap={self.logit_softcap!r} must be positive, or null for logits without bound")
         if not 0 <= number("dropout", self.dropout) < 1:
@@ -182,8 +192,8 @@ def _flatten(entries: Any, where: str) -> list[BlockSpec]:
                 f"{here}={entry!r} must be a block such as {{kind: mamba}} or {{repeat: 2, blocks: [...]}}"
             )
         if "kind" in entry:
-            chosen = {name: copy.deepcopy(value) for name, value in entry.items() if name != "kind"}
-            found.append(BlockSpec(entry["kind"], chosen, here))
+            chosen = {name: copy.deepcopy(value) for name, value in entry.items() if name not in ("kind", "residual")}
+            found.append(BlockSpec(entry["kind"], chosen, here, *_residual(entry.get("residual", {}), here)))
         elif "blocks" in entry:
             extra = set(entry) - {"repeat", "blocks"}
             if extra:
@@ -200,6 +210,20 @@ def _flatten(entries: Any, where: str) -> list[BlockSpec]:
                 "write {kind: mamba} or {repeat: 2, blocks: [...]}"
             )
     return found
+
+
+def _residual(given: Any, where: str) -> tuple[float, float]:
+    """The two factors of a residual sum."""
+    known = ("skip", "scale")
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}.residual={given!r} must be a mapping such as {{skip: 1.0, scale: 0.2}}")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where}.residual has no {name!r}{nearest(name, known)}; its keys: {', '.join(known)}")
+    skip, scale = (number(f"{where}.residual.{name}", given.get(name, 1.0)) for name in known)
+    if scale == 0:
+        raise ValueError(f"{where}.residual.scale=0 would leave the block without effect; leave the block out")
+    return skip, scale
 
 
 def load_config(source: str | Path | Mapping[str, Any] | ModelConfig) -> ModelConfig:

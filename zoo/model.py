@@ -27,16 +27,24 @@ class ModelOut(NamedTuple):
 
 
 class Residual(nn.Module):
-    """A block in its norm and residual: x + f(norm(x)), or norm(x + f(x)). A composite one stands bare."""
+    """A block in its norm and residual: α x + β f(norm(x)), or norm(α x + β f(x)), with skip α and scale β. A composite
+    one stands bare."""
 
     block: Block
 
-    def __init__(self, inner: Block, norm: nn.Module, position: str, dropout: float):
+    def __init__(
+        self, inner: Block, norm: nn.Module, position: str, dropout: float, skip: float = 1.0, scale: float = 1.0
+    ):
         super().__init__()
+        if not inner.residual and (skip, scale) != (1, 1):
+            raise ValueError(
+                f"residual with skip={skip} and scale={scale} is not for this block: it is composite and has residuals "
+                "of its own"
+            )
         self.block = inner
         self.norm = norm if inner.residual else nn.Identity()
         self.position = position
-        self.dropout = dropout
+        self.dropout, self.skip, self.scale = dropout, skip, scale
 
     def forward(self, x: Tensor, state: State | None = None, segments: Tensor | None = None) -> Out:
         if not self.block.residual:
@@ -44,7 +52,9 @@ class Residual(nn.Module):
         y, state, aux = self.block(self.norm(x) if self.position == "pre" else x, state, segments)
         if self.dropout and self.training:
             y = nn.functional.dropout(y, self.dropout)
-        y = x + y
+        if self.skip != 1:
+            x = x * self.skip
+        y = x + y if self.scale == 1 else torch.add(x, y, alpha=self.scale)
         return Out(y if self.position == "pre" else self.norm(y), state, aux)
 
 
@@ -84,7 +94,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{spec.where} (kind {spec.kind}): {error}") from error
         if config.objective == "causal" and inner.refusal is not None:
             raise ValueError(f"{spec.where} (kind {spec.kind}) {inner.refusal}")
-        return Residual(inner, norm(config.norm, config.width, config.norm_eps), config.norm_position, config.dropout)
+        around = norm(config.norm, config.width, config.norm_eps)
+        try:
+            return Residual(inner, around, config.norm_position, config.dropout, spec.skip, spec.scale)
+        except ValueError as error:
+            raise ValueError(f"{spec.where} (kind {spec.kind}): {error}") from None
 
     @property
     def residuals(self) -> list[Residual]:
@@ -150,6 +164,8 @@ class LanguageModel(nn.Module):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             kept = hidden[:, -logits_to_keep:]
         logits = self.head(kept)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return ModelOut(logits, None if state is None else tuple(states), aux, hidden, tuple(stream) or None)

@@ -240,12 +240,29 @@ def test_shared_experts_are_a_sum_of_experts(expert):
     torch.testing.assert_close(block(x).y - without, wanted, rtol=0, atol=1e-12)
 
 
+def test_shared_experts_of_another_size_behind_a_gate():
+    block = MoE(WIDTH, experts=EXPERTS, hidden=12, shared_experts=2, shared_hidden=5, shared_gate=True).double()
+    x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
+    assert block.shared.hidden == 10
+    y, always, gate = block(x).y, block.shared(x).y, block.shared_gate
+    assert gate.weight.shape == (1, WIDTH)
+    block.shared = None
+    wanted = block(x).y + always / (1 + torch.exp(-(x * gate.weight[0]).sum(-1, keepdim=True)))
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12)
+    for options in ({"shared_gate": True}, {"shared_hidden": 5}):
+        with pytest.raises(ValueError, match="need shared_experts of at least 1"):
+            MoE(WIDTH, **options)
+
+
 def test_counts_of_work():
     block = MoE(WIDTH, experts=8, top_k=2, hidden=12, shared_experts=1)
     one = 3 * WIDTH * 12
     assert block.active_parameters() == 8 * WIDTH + 2 * one + one
     assert block.flops_per_token(0) == block.flops_per_token(10**6) == 2 * block.active_parameters()
     assert sum(p.numel() for p in block.parameters()) == 8 * WIDTH + 9 * one
+    block = MoE(WIDTH, experts=8, top_k=2, hidden=12, shared_experts=1, shared_hidden=7, shared_gate=True)
+    assert block.active_parameters() == 8 * WIDTH + 2 * one + 3 * WIDTH * 7 + WIDTH
+    assert block.flops_per_token(0) == 2 * block.active_parameters()
 
 
 def test_initialisation_and_meta_device():

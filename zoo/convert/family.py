@@ -96,6 +96,7 @@ def spelled_out(config: ModelConfig) -> dict[str, Any]:
         said["norm_eps"] = vars(norm(config.norm, config.width))["eps"]
     for index, (spec, residual) in enumerate(zip(config.blocks(), model.residuals, strict=True)):
         said[f"blocks[{index}].kind"] = spec.kind
+        said[f"blocks[{index}].residual"] = {"skip": spec.skip, "scale": spec.scale}
         for option, parameter in options(spec.kind).items():
             value = spec.options.get(option, parameter.default)
             built = getattr(residual.block, option, None)

@@ -1,7 +1,7 @@
 """Experts of the usual kind: feed-forward units whose matrices are stacked, one grouped product a projection.
 
 An experts object has `forward(rows, sizes)`; it may have `few(tokens, chosen, weights)`, a short way for decoding,
-and `shared(count)`, a block for experts that every token visits. A class and one line in `EXPERTS` add a kind.
+and `shared(hidden)`, a dense block for experts that every token visits. A class and one line in `EXPERTS` add a kind.
 """
 
 import inspect
@@ -65,8 +65,8 @@ class Experts(nn.Module):
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
 
-    def shared(self, count: int) -> Block:
-        """A dense block equal to the sum of `count` more experts that every token visits."""
+    def shared(self, hidden: int) -> Block:
+        """A dense block of this kind: experts that every token visits, with so many hidden units together."""
         raise NotImplementedError(f"{type(self).__name__} defines no shared; use shared_experts=0")
 
     def parameters_used(self, visits: int) -> int:
@@ -137,8 +137,8 @@ class SwiGLUExperts(Experts):
         gate, value = inner.chunk(2, dim=-1)
         return F.silu(gate) * value
 
-    def shared(self, count: int) -> Block:
-        return SwiGLU(self.width, hidden=count * self.hidden, bias=self.up_bias is not None)
+    def shared(self, hidden: int) -> Block:
+        return SwiGLU(self.width, hidden=hidden, bias=self.up_bias is not None)
 
 
 class GEGLUExperts(SwiGLUExperts):
@@ -154,9 +154,9 @@ class GEGLUExperts(SwiGLUExperts):
         gate, value = inner.chunk(2, dim=-1)
         return self.gate(gate) * value
 
-    def shared(self, count: int) -> Block:
+    def shared(self, hidden: int) -> Block:
         biased = self.up_bias is not None
-        return GEGLU(self.width, hidden=count * self.hidden, bias=biased, approximate=self.approximate)
+        return GEGLU(self.width, hidden=hidden, bias=biased, approximate=self.approximate)
 
 
 class MLPExperts(Experts):
@@ -174,9 +174,9 @@ class MLPExperts(Experts):
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         return self.function(inner)
 
-    def shared(self, count: int) -> Block:
+    def shared(self, hidden: int) -> Block:
         biased = self.up_bias is not None
-        return MLP(self.width, hidden=count * self.hidden, activation=self.activation_name, bias=biased)
+        return MLP(self.width, hidden=hidden, activation=self.activation_name, bias=biased)
 
 
 def build_experts(spec: Any, width: int, experts: int, hidden: int | None) -> Any:

@@ -216,11 +216,11 @@ class MPOExperts(nn.Module):
         rows = self.activate(rows @ self.rising(index)) @ self.matrix("down", index)
         return torch.einsum("nkd,nk->nd", rows.reshape(count, k, -1), weights.to(rows.dtype))
 
-    def shared(self, count: int) -> Block:
-        """A dense block of the size of `count` more experts that every token visits."""
+    def shared(self, hidden: int) -> Block:
+        """A dense block: experts that every token visits, with so many hidden units together."""
         if self.gated:
-            return SwiGLU(self.width, hidden=count * self.hidden)
-        return MLP(self.width, hidden=count * self.hidden, activation=self.activation)
+            return SwiGLU(self.width, hidden=hidden)
+        return MLP(self.width, hidden=hidden, activation=self.activation)
 
     def parameters_used(self, visits: int) -> int:
         """Parameters that a token uses which visits so many experts: what they share, once, and their own tensors."""

@@ -66,7 +66,8 @@ class MoE(Block):
     - `router`: "top_k", {"kind": "top_k", "jitter": 0.01, ...} or a Router. See zoo.moe.routers.
     - `expert`: "swiglu", "geglu", "mlp", {"kind": "mlp", "activation": "relu2"}, {"kind": "mpo", "bond": 32} (matrices
       that share their largest tensor) or an Experts object.
-    - `shared_experts`: how many more experts every token visits, with weight 1.
+    - `shared_experts`: how many more experts every token visits, with weight 1; `shared_hidden`: of each of them, by
+      default as `hidden`; `shared_gate`: their sum is weighed by sigmoid(w·x) (Qwen1.5-MoE and what followed it).
     - `out_bias`: a vector added to every token's output that no router weighs (of a dense layer, see
       `zoo.convert.moefy`).
     - `load_balance`, `router_z`: weights of the two losses; a loss of weight 0 is left out.
@@ -76,10 +77,10 @@ class MoE(Block):
     how many choices fell on each expert), and the router's own.
 
     Cost (T tokens, D = width, b bytes a number):
-        train time: O(T D (experts + (top_k + shared_experts) hidden))
-        train memory: O(T (top_k + shared_experts) (D + hidden))
+        train time: O(T D (experts + top_k hidden + shared_experts shared_hidden))
+        train memory: O(T (top_k (D + hidden) + D + shared_experts shared_hidden))
         prefill: as train time, forward
-        decode: O(D (experts + (top_k + shared_experts) hidden)) a token; reads the weights of the experts chosen
+        decode: O(D (experts + top_k hidden + shared_experts shared_hidden)) a token; reads the chosen experts
         state bytes: 0
     """
 
@@ -95,6 +96,8 @@ class MoE(Block):
         load_balance: float = 0.01,
         router_z: float = 0.0,
         out_bias: bool = False,
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
     ):
         super().__init__(width)
         integer("shared_experts", shared_experts, 0)
@@ -104,7 +107,13 @@ class MoE(Block):
         self.load_balance, self.router_z = load_balance, router_z
         self.router = build_router(router, width, experts, top_k)
         self.experts = build_experts(expert, width, experts, hidden)
-        self.shared = self.experts.shared(shared_experts) if shared_experts else None
+        if not shared_experts and (shared_hidden is not None or shared_gate):
+            raise ValueError(
+                f"shared_hidden={shared_hidden} and shared_gate={shared_gate} need shared_experts of at least 1"
+            )
+        self.shared_hidden = self.experts.hidden if shared_hidden is None else integer("shared_hidden", shared_hidden)
+        self.shared = self.experts.shared(shared_experts * self.shared_hidden) if shared_experts else None
+        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         if out_bias:
             tag(self, "out_bias", weight_decay=False)
@@ -126,7 +135,8 @@ class MoE(Block):
         y, counts = run(x.flatten(0, 1), routing)
         y = y.reshape(x.shape)
         if self.shared is not None:
-            y = y + self.shared(x, segments=segments).y
+            always = self.shared(x, segments=segments).y
+            y = y + (always if self.shared_gate is None else self.shared_gate(x).sigmoid() * always)
         if self.out_bias is not None:
             bias = self.out_bias.to(y.dtype)
             y = y + (bias if segments is None else torch.where((segments != 0)[..., None], bias, 0.0))
@@ -190,7 +200,7 @@ class MoE(Block):
 
     def active_parameters(self) -> int:
         """Parameters that one token uses: the router, the experts it visits, the shared ones."""
-        parts = [self.router] if self.shared is None else [self.router, self.shared]
+        parts = [each for each in (self.router, self.shared, self.shared_gate) if each is not None]
         always = sum(p.numel() for module in parts for p in module.parameters())
         always += 0 if self.out_bias is None else self.width
         return always + self.experts.parameters_used(self.router.visits)
@@ -198,4 +208,5 @@ class MoE(Block):
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs of a token: the experts it visits, the shared ones and the router."""
         shared = 0 if self.shared is None else self.shared.flops_per_token(context)
+        shared += 0 if self.shared_gate is None else 2 * self.width
         return self.router.flops_per_token() + self.experts.flops(self.router.visits) + shared
