@@ -300,8 +300,14 @@ def implementations(make: Make, dtype: torch.dtype) -> None:
     follow = inputs(dtype, 2, seed=3)
 
     def outcome(given: Tensor | None) -> list[tuple[str, Tensor]]:
-        found = [("y", block(x, None, given).y)]
-        found += gradients(block, x, lambda v: block(v, None, given).y).items()
+        outputs: list[Tensor] = []
+
+        def run(v: Tensor) -> Tensor:
+            outputs.append(block(v, None, given).y)
+            return outputs[0]
+
+        found = list(gradients(block, x, run).items())
+        found.append(("y", outputs[0].detach()))
         if block.causal:
             state = block(x, block.init_state(BATCH, dtype=dtype), given).state
             found.append(("what follows the state", block(follow, state).y))
