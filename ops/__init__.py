@@ -8,6 +8,7 @@ from ops.causal_conv1d import causal_conv1d
 from ops.delta_rule import delta_rule
 from ops.dispatch import Explanation, explain, use
 from ops.grouped_mm import grouped_mm
+from ops.linear import linear
 from ops.linear_attention import linear_attention
 from ops.linear_recurrence import linear_recurrence
 from ops.long_conv import long_conv
@@ -26,6 +27,7 @@ __all__ = [
     "delta_rule",
     "explain",
     "grouped_mm",
+    "linear",
     "linear_attention",
     "linear_recurrence",
     "long_conv",

@@ -4,6 +4,7 @@ The kernels are compiled with `nogil=True` and split by rows and channels here, 
 instead of numba's `parallel=True`, whose own thread pool would fight torch's for the same cores and start at import.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -38,8 +39,9 @@ def run_blocks(function: Callable[..., Any], count: int, *arguments: Any, pieces
     """Call `function(start, stop, *arguments)` until [0, count) is covered, on `torch.get_num_threads()` threads.
 
     `function` must release the GIL and write to places of its own for each index. `pieces` is how many ranges each
-    thread gets on average: several, since another process may hold a core up. One thread, or one index, runs here.
-    An error in any piece is raised here, after the others ended.
+    thread gets on average: several, since another process may hold a core up. The calling thread takes its share while
+    the others wake up; with one thread, or one index, it does all. An error in any piece is raised here, after the
+    others ended.
     """
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
@@ -48,9 +50,20 @@ def run_blocks(function: Callable[..., Any], count: int, *arguments: Any, pieces
         return
     ranges = min(count, threads * pieces)
     bounds = [count * i // ranges for i in range(ranges + 1)]
+    turns = itertools.count()
+
+    def work() -> None:
+        while (turn := next(turns)) < ranges:
+            function(bounds[turn], bounds[turn + 1], *arguments)
+
     pool = _pool(torch.get_num_threads())
-    waiting = [pool.submit(function, bounds[i], bounds[i + 1], *arguments) for i in range(ranges)]
-    errors = [each.exception() for each in waiting]
+    waiting = [pool.submit(work) for _ in range(threads - 1)]
+    errors: list[BaseException | None] = []
+    try:
+        work()
+    except BaseException as error:
+        errors.append(error)
+    errors += [each.exception() for each in waiting]
     for error in errors:
         if error is not None:
             raise error

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -30,20 +31,33 @@ def test_every_index_once(count, two_threads):
     assert (seen == 3).all()
 
 
-def test_runs_on_other_threads(two_threads):
-    names = set()
-    run_blocks(lambda begin, end: names.add(threading.current_thread().name), 8)
-    assert names
-    assert all(name.startswith("zoo-native") for name in names)
+def test_the_caller_and_another_thread_share_the_work(two_threads):
+    both, names = threading.Barrier(2, timeout=60), []
+
+    def meet(begin, end):
+        both.wait()
+        names.append(threading.current_thread().name)
+
+    run_blocks(meet, 2)
+    assert len(names) == 2
+    assert threading.current_thread().name in names
+    assert sum(name.startswith("zoo-native") for name in names) == 1
 
 
-def test_an_error_reaches_the_caller(two_threads):
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_an_error_reaches_the_caller_when_all_have_ended(where, two_threads):
+    both, ended = threading.Barrier(2, timeout=60), []
+
     def fail(begin, end):
-        if begin >= 4:
-            raise ArithmeticError("piece 4")
+        both.wait()
+        if (threading.current_thread() is threading.main_thread()) == (where == "here"):
+            raise ArithmeticError("a piece")
+        time.sleep(0.05)
+        ended.append(begin)
 
-    with pytest.raises(ArithmeticError, match="piece 4"):
-        run_blocks(fail, 8)
+    with pytest.raises(ArithmeticError, match="a piece"):
+        run_blocks(fail, 2, pieces=1)
+    assert len(ended) == 1
 
 
 def _sum_in_child(results):

@@ -1,0 +1,13 @@
+"""The sum as it is written."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def linear(
+    x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
+) -> Float[Tensor, "*rows outputs"]:
+    """y_o = Σ_i W_oi x_i + b_o."""
+    y = torch.stack([(x * row).sum(-1) for row in weight], -1)
+    return y if bias is None else y + bias
