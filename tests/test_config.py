@@ -26,7 +26,7 @@ GOOD = {"vocab_size": 11, "width": 8, "stack": ["swiglu"]}
         ({"stack": [{"repeat": 2, "blocks": [3]}]}, r"stack\[0\]\.blocks\[0\]=3 must be a block"),
         ({"stack": [{"repeat": 2}]}, "neither kind nor blocks"),
         ({"stack": [{"blocks": ["mlp"], "kinds": 1}]}, r"\['kinds'\] cannot stand beside"),
-        ({"norm": "rsm"}, r"norm='rsm' is unknown \(did you mean 'rms'\?\); choose from rms, layer"),
+        ({"norm": "rsm"}, r"norm='rsm' is unknown \(did you mean 'rms'\?\); choose from rms, layer, rms_zero_centered"),
         ({"norm_position": "mid"}, "norm_position='mid' is unknown; choose from pre, post"),
         ({"objective": "causl"}, r"did you mean 'causal'\?"),
         ({"dropout": 1.5}, r"dropout=1.5 must be in \[0, 1\)"),
@@ -160,8 +160,12 @@ PUBLISHED = {
     "gla-1.3b": 1_365_514_240,
     "gated-deltanet-1.3b": 1_387_348_732,
     "recurrentgemma-2b": 2_682_862_080,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    "lfm2-1.2b": 1_170_340_608,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
+    "starcoderbase-1b": 1_137_207_296,
+    "falcon-7b": 6_921_720_704,
     "mixtral-8x7b": 46_702_792_704,
     "olmoe-1b-7b": 6_919_161_856,
     "deepseek-moe-16b": 16_375_728_128,
@@ -226,6 +230,11 @@ CONFIGURATIONS = {
     "jamba-v0.1": ("Jamba", {}),  # its defaults
     "recurrentgemma-2b": ("RecurrentGemma", {"num_key_value_heads": 1, "intermediate_size": 15360}),
     "mixtral-8x7b": ("Mixtral", {}),  # its defaults
+    "starcoderbase-1b": (
+        "GPTBigCode",
+        {"vocab_size": 49152, "n_embd": 2048, "n_head": 16, "n_inner": 8192, "n_layer": 24, "n_positions": 8192},
+    ),
+    "falcon-7b": ("Falcon", {}),  # its defaults
     "olmoe-1b-7b": ("Olmoe", {"intermediate_size": 1024}),
 }  # fmt: skip
 

@@ -9,15 +9,19 @@ from tests.variants import VARIANTS
 from zoo.block import Block, state_bytes
 from zoo.cli import main
 from zoo.describe import COSTS, cost_table
+from zoo.layers.parallel import Parallel
 
 CASES = [(kind, options) for kind in zoo.kinds() for options in VARIANTS.get(kind, [{}])]
 
 
 def declared(block: Block, kind: str, tokens: int, dtype: torch.dtype) -> int:
-    """The docstring's expression, evaluated for this block."""
+    """The docstring's expression, evaluated for this block; `parts` in it are those of the blocks inside."""
     expression = compile(cost_table(kind)["state bytes"], f"state bytes of {kind}", "eval")
-    names = {"T": tokens, "D": block.width, "b": dtype.itemsize, "max": max, "min": min}
+    names = {"T": tokens, "D": block.width, "b": dtype.itemsize, "max": max, "min": min, "sum": sum}
     names = {name: getattr(block, name) for name in expression.co_names if hasattr(block, name)} | names
+    if isinstance(block, Parallel):
+        inside = zip(block.specs, block.parts, strict=True)
+        names["parts"] = [declared(part, kind, tokens, dtype) for (kind, _), part in inside]
     return eval(expression, {"__builtins__": {}}, names)
 
 

@@ -137,14 +137,13 @@ def test_preset_equals_transformers_model(preset, name):
 
 
 def copy_gemma(ours: zoo.LanguageModel, theirs: nn.Module) -> None:
-    """Their norms multiply by 1 + weight."""
     with torch.no_grad():
         ours.embedding.weight.copy_(theirs.model.embed_tokens.weight)
-        ours.norm.weight.copy_(theirs.model.final_norm.weight + 1)
+        ours.norm.weight.copy_(theirs.model.final_norm.weight)
         for index, layer in enumerate(theirs.model.layers):
             mixer, feed_forward = ours.residuals[2 * index : 2 * index + 2]
-            mixer.norm.weight.copy_(layer.temporal_pre_norm.weight + 1)
-            feed_forward.norm.weight.copy_(layer.channel_pre_norm.weight + 1)
+            mixer.norm.weight.copy_(layer.temporal_pre_norm.weight)
+            feed_forward.norm.weight.copy_(layer.channel_pre_norm.weight)
             mlp, weights = layer.mlp_block, layer.temporal_block.state_dict()
             for name in ("weight", "bias"):
                 up = [getattr(mlp.gate_proj, name), getattr(mlp.up_proj, name)]

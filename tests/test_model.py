@@ -28,7 +28,10 @@ def build(stack=HYBRID, **options) -> zoo.LanguageModel:
 
 @pytest.mark.parametrize(
     ("norm", "position", "embedding_norm", "tied"),
-    itertools.product(["rms", "layer"], ["pre", "post"], [False, True], [False, True]),
+    [
+        *itertools.product(["rms", "layer"], ["pre", "post"], [False, True], [False, True]),
+        ("rms_zero_centered", "pre", True, True),
+    ],
 )
 def test_the_formula(norm, position, embedding_norm, tied):
     """One linear-free check of norms, residuals and head against their definition, with weights away from one."""
@@ -39,8 +42,8 @@ def test_the_formula(norm, position, embedding_norm, tied):
     tokens = torch.randint(17, (2, 5))
 
     def normed(x, module):
-        if norm == "rms":
-            return rms_norm(x, (24,), module.weight, 1e-6)
+        if norm.startswith("rms"):
+            return rms_norm(x, (24,), module.weight + (norm == "rms_zero_centered"), 1e-6)
         return layer_norm(x, (24,), module.weight, module.bias, 1e-5)
 
     x = model.embedding.weight[tokens]

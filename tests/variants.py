@@ -4,7 +4,7 @@ VARIANTS: dict[str, list[dict]] = {
     "gqa": [
         {},
         {"heads": 4, "kv_heads": 1, "head_dim": 6, "window": 8, "sinks": 2},
-        {"heads": 4, "kv_heads": 2, "position": {"kind": "alibi"}, "bias": True, "qk_norm": "rms"},
+        {"heads": 4, "kv_heads": 2, "position": {"kind": "alibi"}, "bias": True, "qk_norm": "rms", "gate": True},
         {
             "heads": 2,
             "softcap": 5.0,
@@ -32,7 +32,10 @@ VARIANTS: dict[str, list[dict]] = {
             "shared_gate": True,
             "router_z": 0.1,
         },
-        {"router": {"kind": "top_k", "order": "top_k_then_softmax"}},
+        {
+            "experts": 6,
+            "router": {"kind": "top_k", "order": "top_k_then_softmax", "groups": 3, "top_groups": 2, "scale": 2.5},
+        },
         {"experts": 6, "router": {"kind": "loss_free", "groups": 3, "top_groups": 2, "scale": 2.5}},
         {"experts": 4, "router": {"kind": "smoe_dropout", "eval_top_k": 3}, "load_balance": 0.0},
         {"experts": 5, "top_k": 1, "router": {"kind": "stable", "rank": 3}},
@@ -198,6 +201,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"state_size": 6, "blocks": 1, "discretisation": "bilinear", "gate": "full", "clip": False},
     ],
     "gss": [{"state_size": 16}, {"state_size": 5, "hidden": 20, "reduced": 7, "bias": True, "activation": "silu"}],
+    "gated_conv": [{}, {"conv_width": 5, "bias": True}],
     "dss": [
         {"state_size": 3, "length": 20},  # shorter than the laws' sequences
         {"state_size": 4, "parametrisation": "exp", "separate_steps": True, "gated": True},
@@ -229,5 +233,17 @@ VARIANTS: dict[str, list[dict]] = {
         {"variant": "full", "length": 1504, "rank": 6},
         {"variant": "full", "length": 1504, "rank": 4, "bias": True, "causal": False},
         {"window": 4, "heads": 2, "causal": False},
+    ],
+    "parallel": [
+        {},
+        {
+            "blocks": [
+                {"kind": "gqa", "heads": 2, "kv_heads": 1, "window": 5},
+                {"kind": "moe", "experts": 4, "expert": {"kind": "mlp", "bias": True}},
+                {"kind": "rwkv4", "layer": 1, "layers": 3},
+            ],
+            "norm": "layer",
+        },
+        {"blocks": [{"kind": "gqa", "heads": 2, "causal": False}, "mlp"], "norm": "rms", "norm_eps": 0.1},
     ],
 }

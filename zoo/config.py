@@ -55,7 +55,8 @@ class ModelConfig:
         stack: blocks in order, each `{kind: ..., option: ...}`, a kind alone, or `{repeat: n, blocks: [...]}`. Beside a
             block's own options, `residual: {skip: α, scale: β}` makes its sum α · x + β · f(x) (DeepNet, 2203.00555;
             MiniMax-01, 2501.08313; Granite).
-        norm: "rms" or "layer", before (or after) each block and before the head.
+        norm: "rms", "rms_zero_centered" (scales by 1 + weight; Gemma, Qwen3-Next) or "layer", before (or after) each
+            block and before the head.
         norm_eps: added under the norm's root; None is the norm's own default.
         norm_position: "pre": x + f(norm(x)), a last norm before the head; "post": norm(x + f(x)).
         embedding_norm: a norm right after the embedding (RWKV, BLOOM).
@@ -72,7 +73,7 @@ class ModelConfig:
     vocab_size: int
     width: int
     stack: Sequence[Any]
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "rms_zero_centered", "layer"] = "rms"
     norm_eps: float | None = None
     norm_position: Literal["pre", "post"] = "pre"
     embedding_norm: bool = False

@@ -8,6 +8,7 @@ from torch import nn
 
 from zoo.block import Block
 from zoo.config import ModelConfig
+from zoo.layers.parallel import single
 from zoo.model import LanguageModel
 from zoo.registry import block, block_class, options
 
@@ -63,7 +64,8 @@ def describe_model(config: ModelConfig) -> dict[str, Any]:
         model = LanguageModel(config)
     parts: dict[str, int] = {"embedding": model.embedding.weight.numel()}
     for spec, residual in zip(config.blocks(), model.residuals, strict=True):
-        parts[spec.kind] = parts.get(spec.kind, 0) + count(residual.block)
+        for kind, each in single(spec.kind, residual.block):
+            parts[kind] = parts.get(kind, 0) + count(each)
     if not config.tied_embeddings:
         parts["head"] = model.head.weight.numel()
     parts["norms"] = count(model) - sum(parts.values())

@@ -34,6 +34,7 @@ KINDS: dict[str, str] = {
     "liquid_s4": "zoo.ssm.liquid_s4:LiquidS4",
     "s5": "zoo.ssm.s5:S5",
     "gss": "zoo.ssm.gss:GSS",
+    "gated_conv": "zoo.ssm.gated_conv:GatedConvolution",
     "mamba": "zoo.ssm.mamba:Mamba",
     "hyena": "zoo.ssm.hyena:Hyena",
     "hyena_modal": "zoo.ssm.hyena_modal:HyenaModal",
@@ -62,6 +63,9 @@ KINDS: dict[str, str] = {
     "rwkv7_channel_mix": "zoo.recurrent.rwkv7_channel_mix:RWKV7ChannelMix",
     # mixture of experts
     "moe": "zoo.moe.moe:MoE",
+    # structure
+    "learned_position": "zoo.layers.learned_position:LearnedPosition",
+    "parallel": "zoo.layers.parallel:Parallel",
 }
 
 

@@ -325,6 +325,25 @@ def test_compiles_with_state_and_segments(options):
     torch.testing.assert_close(torch.cat([first, second, third], 1), wanted)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"window": 3}])
+def test_a_gate_weighs_each_component_of_a_head(options):
+    """Against a block of the same q, k and v without one, whose output projection is left out."""
+    gated = GQA(12, **OURS, bias=True, gate=True, **options).double()
+    plain = GQA(12, **OURS, bias=True, **options).double()
+    rows = 10 * 10  # of 6 queries, 2 keys and 2 values
+    for name in ("weight", "bias"):
+        getattr(plain.qkv, name).copy_(getattr(gated.qkv, name)[:rows])
+    plain.out = nn.Identity()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    weighed = plain(x).y * torch.sigmoid(x @ gated.qkv.weight[rows:].T + gated.qkv.bias[rows:])
+    wanted = gated.out(weighed)
+    torch.testing.assert_close(gated(x).y, wanted, rtol=0, atol=1e-12)
+    head, state, _ = gated(x[:, :4], gated.init_state(2))
+    tail = gated(x[:, 4:], state).y
+    torch.testing.assert_close(torch.cat([head, tail], 1), wanted, rtol=0, atol=1e-12)
+
+
 # Shapes, counts, errors ----------------------------------------------------------------------------------------
 
 
@@ -362,7 +381,8 @@ def test_flops():
         ({"window": 0}, "window=0"),
         ({"sinks": 2}, "sinks=2 needs a window"),
         ({"softcap": -1.0}, "softcap=-1.0"),
-        ({"qk_norm": "batch"}, "qk_norm='batch' is unknown; choose from rms, layer, rms_across"),
+        ({"qk_norm": "batch"}, "qk_norm='batch' is unknown; choose from rms, layer, rms_zero_centered, rms_across"),
+        ({"gate": "headwise"}, "gate='headwise' must be true or false"),
         ({"heads": 2.0}, "heads=2.0 must be a positive integer"),
         ({"heads": "4"}, "heads='4' must be a positive integer"),
         ({"kv_heads": 1.5}, "kv_heads=1.5 must be a positive integer"),

@@ -175,7 +175,7 @@ def test_a_model_in_bfloat16_keeps_an_exact_bias():
         ({"scale": 0.0}, "scale=0.0 must be positive"),
         ({"groups": 3}, "groups=3 must divide experts=8; try groups=1"),
         ({"groups": 2, "top_groups": 3}, "top_groups=3 must not be above groups=2"),
-        ({"groups": 8, "top_groups": 2}, "groups=8 of one expert each.*at most groups=4"),
+        ({"groups": 8, "top_groups": 2}, "groups=8 of size 1 cannot be ranked by their 2 best.*at most groups=4"),
         ({"groups": 4}, "top_k=3 is above the 2 experts in top_groups=1 of 2 each; use top_groups=2 or more"),
     ],
 )

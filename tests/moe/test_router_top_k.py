@@ -236,3 +236,29 @@ def test_random_second_counts_where_it_is_made():
     assert aux["stat/dropped"] == 0
     with pytest.raises(ValueError, match=r"random_second=True needs a second expert and no third.*not top_k=3"):
         TopK(WIDTH, EXPERTS, 3, random_second=True)
+
+
+@pytest.mark.parametrize("order", ["softmax_then_top_k", "top_k_then_softmax"])
+def test_experts_of_the_best_groups(order):
+    """Groups are ranked by their one best expert; weights are those of the chosen, times the scale."""
+    router = TopK(WIDTH, 6, 3, order=order, groups=3, top_groups=2, scale=2.5).double()
+    routing = router(torch.randn(4, 7, WIDTH, dtype=torch.float64))
+    for logits, experts, weights in zip(routing.logits, routing.experts, routing.weights, strict=True):
+        best = logits.reshape(3, 2).amax(1).topk(2).indices.tolist()
+        allowed = sorted((e for e in range(6) if e // 2 in best), key=lambda e, row=logits: -row[e])[:3]
+        assert experts.tolist() == allowed
+        torch.testing.assert_close(weights, 2.5 * logits[allowed].softmax(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 4}, "groups=4 must divide experts=6; try groups=2"),
+        ({"groups": 2, "top_groups": 3}, "top_groups=3 must not be above groups=2"),
+        ({"groups": 6, "top_groups": 2}, "top_k=3 is above the 2 experts in top_groups=2 of 1 each; use top_groups=3"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TopK(WIDTH, 6, 3, **options)

@@ -233,6 +233,8 @@ def test_flops_follow_the_published_count():
         ({"dt_min": 0.2}, "dt_min=0.2"),
         ({"dt_min": "1e-3"}, "dt_min='1e-3' is text.*write 1.0e-3"),
         ({"dt_max": float("inf")}, "dt_max=inf must be a finite number"),
+        ({"inner_norm_eps": 0.1}, "inner_norm_eps=0.1 needs norms of dt, B and C"),
+        ({"inner_norm": True, "inner_norm_eps": -0.1}, "inner_norm_eps=-0.1 must not be negative"),
     ],
 )
 def test_bad_options_are_named(options, words):

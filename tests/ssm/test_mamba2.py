@@ -170,7 +170,7 @@ def test_equals_the_equations():
     block = randomised(
         Mamba2(
             6, state_size=3, head_dim=2, groups=3, conv_width=2, norm_before_gate=True, norm_groups=4,
-            dt_limit=[0.001, 0.3], bias=True,
+            dt_limit=[0.001, 0.3], bias=True, norm_eps=0.2,
         )
     ).double()  # fmt: skip
     x = torch.randn(1, 7, 6, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_equals_the_equations():
             own = u[2 * i : 2 * i + 2]
             h[i] = torch.exp(-step * block.A_log[i].exp()) * h[i] + step * torch.outer(B, own)
             y[2 * i : 2 * i + 2] = C @ h[i] + block.D[i] * own
-        normed = torch.cat([part * (part.square().mean() + 1e-5).rsqrt() for part in y.split(3)])
+        normed = torch.cat([part * (part.square().mean() + 0.2).rsqrt() for part in y.split(3)])
         expected.append(block.out_proj(normed * block.norm.weight * silu(z[t])))
     torch.testing.assert_close(block(x).y[0], torch.stack(expected), rtol=1e-10, atol=1e-10)
 
@@ -310,6 +310,9 @@ def test_bfloat16_keeps_float32_sums():
         ({"dt_limit": 0.1}, "dt_limit=0.1 must be two numbers.*None for no limit"),
         ({"dt_limit": "ab"}, "dt_limit='ab' must be two numbers"),
         ({"dt_limit": [0.0, float("inf")]}, "dt_limit=inf must be a finite number"),
+        ({"dt_limit": [0.0, None]}, "dt_limit=\\[0.0, None\\] limits no step"),
+        ({"dt_limit": [None, 1.0]}, "dt_limit=None must be a finite number"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0 must not be negative"),
     ],
 )
 def test_bad_options_are_named(options, words):

@@ -12,10 +12,7 @@ from ops import attention
 from zoo.attention.kv_state import (
     KVState,
     RingState,
-    Tokens,
     append,
-    go_on,
-    locate,
     may_write,
     new_kv,
     new_ring,
@@ -27,6 +24,7 @@ from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import heads_and_dim
 from zoo.layers.norm import NORMS, norm
+from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import ALiBi, Rotary
 from zoo.layers.position import position as make_position
 
@@ -36,7 +34,8 @@ ROTARY: Mapping[str, Any] = {"kind": "rotary"}
 class GQA(Block):
     """Softmax attention, multi-head, grouped-query (2305.13245) or multi-query (1911.02150); window and sinks.
 
-    y = W_o · concat_h softmax(q_h kᵀ_g(h) · scale) v_g(h), with q, k, v projected from x.
+    y = W_o · concat_h softmax(q_h kᵀ_g(h) · scale) v_g(h), with q, k, v projected from x (the rows of `qkv` in turn,
+    then those of a gate).
 
     Grouped-query attention (Ainslie et al., 2305.13245): query head h reads key and value head h // (heads/kv_heads).
     `kv_heads=1` is multi-query (Shazeer, 1911.02150), `kv_heads=heads` (the default) multi-head attention
@@ -51,13 +50,15 @@ class GQA(Block):
         window: a token sees the last `window` tokens of its document, itself among them; the state is then a ring
             of constant size. Without `causal` it sees as far on both sides.
         sinks: with a window, a document's first tokens that all of it sees (StreamingLLM, 2309.17453).
-        qk_norm: "rms" or "layer": a norm over each head of q and k, before positions (Qwen 3, 2505.09388);
-            "rms_across": one over all heads together (OLMoE, 2409.02060).
+        qk_norm: "rms", "layer" or "rms_zero_centered": a norm over each head of q and k, before positions (Qwen 3,
+            2505.09388); "rms_across": one over all heads together (OLMoE, 2409.02060).
         qk_norm_eps: added under those norms' root; None is the norm's own default.
-        bias: on the projections of q, k and v.
+        bias: on the projections of q, k and v, and of the gate.
         out_bias: on the output projection.
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, 2408.00118).
         scale: factor on q·k; None: 1/sqrt(head_dim).
+        gate: each head's output is weighed by σ(W_g x), component by component, before W_o (Gated Attention,
+            2505.06708, section 2.2, position G1; Qwen3-Next).
         causal: False makes the bidirectional form, which takes no state.
 
     State: `KVState`, keys and values of all tokens fed; with a window `RingState`.
@@ -85,6 +86,7 @@ class GQA(Block):
         out_bias: bool = False,
         softcap: float | None = None,
         scale: float | None = None,
+        gate: bool = False,
         causal: bool = True,
     ):
         super().__init__(width)
@@ -102,10 +104,13 @@ class GQA(Block):
             raise ValueError(f"softcap={softcap} must be positive; None means no cap")
         if scale is not None:
             number("scale", scale)
-        self.window, self.sinks, self.softcap, self.scale = window, sinks, softcap, scale
+        if not isinstance(gate, bool):
+            raise ValueError(f"gate={gate!r} must be true or false")
+        self.window, self.sinks, self.softcap, self.scale, self.gate = window, sinks, softcap, scale, gate
         self.causal = causal  # pyright: ignore[reportAttributeAccessIssue]  # this class has both forms
         self.position = make_position(position, self.heads, self.head_dim)
-        self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.parts = [self.heads, self.kv_heads, self.kv_heads] + [self.heads] * gate  # heads in qkv: q, k, v, gate
+        self.qkv = nn.Linear(width, sum(self.parts) * self.head_dim, bias=bias)
         self.out = nn.Linear(self.heads * self.head_dim, width, bias=out_bias)
         for linear, has in ((self.qkv, bias), (self.out, out_bias)):
             if has:
@@ -162,7 +167,7 @@ class GQA(Block):
         self.check(x, state, segments)
         if segments is not None:
             x = torch.where((segments != 0)[..., None], x, 0.0)
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q, k, v, *gate = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.parts, 2)
         if self.q_norm is not None and self.k_norm is not None:
             if self.norm_across:
                 q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
@@ -174,6 +179,8 @@ class GQA(Block):
             y, state = self._with_all(q, k, v, state, segments)
         else:
             y, state = self._with_ring(q, k, v, state, segments)
+        for each in gate:
+            y = y * torch.sigmoid(each)
         y = self.out(y.flatten(2))
         if segments is not None and self.out.bias is not None:
             y = torch.where((segments != 0)[..., None], y, 0.0)

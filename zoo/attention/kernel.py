@@ -14,9 +14,9 @@ from torch import Tensor, einsum, nn
 from ops import linear_attention
 from ops import segments as seg
 from zoo.attention.features import wide
-from zoo.attention.kv_state import go_on, locate
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.places import go_on, locate
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
 

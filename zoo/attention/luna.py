@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import attention
-from zoo.attention.kv_state import go_on, locate
 from zoo.attention.luna_causal import PACK_ACTIVATIONS, CausalNested, LunaState, output, projection
 from zoo.block import Block, Out, each_document, enter
 from zoo.layers.checks import integer
 from zoo.layers.ffn import MLP
 from zoo.layers.heads import choose_heads
 from zoo.layers.norm import LayerNorm
+from zoo.layers.places import go_on, locate
 from zoo.layers.spelling import nearest
 
 POSITIONS = ("sinusoidal",)

@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, einsum, nn
 
 from ops import attention
-from zoo.attention.kv_state import Tokens, append, go_on, locate, may_write
+from zoo.attention.kv_state import append, may_write
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
 from zoo.layers.norm import RMSNorm
+from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import Rotary, logit_factor
 from zoo.layers.position import position as make_position
 

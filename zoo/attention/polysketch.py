@@ -11,12 +11,12 @@ from torch.nn.functional import pad
 from ops import linear_attention
 from zoo.attention.features import self_tensor, wide
 from zoo.attention.kernel import meeting_dtype
-from zoo.attention.kv_state import go_on, locate
 from zoo.attention.sketch import Sketch, is_learned, make_sketch
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
 from zoo.layers.norm import LayerNorm
+from zoo.layers.places import go_on, locate
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
 

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from zoo.attention.features import RandomProjection, wide
 from zoo.attention.kernel import KernelAttention, Mapped
 from zoo.block import tag
 from zoo.layers.checks import integer, number
+from zoo.layers.wide import WideLinear
 
 
 class RFA(KernelAttention):
@@ -72,7 +73,7 @@ class RFA(KernelAttention):
         self.projection = RandomProjection(self.features // 2, self.head_dim, copies=self.heads)
         self.sigma = nn.Parameter(torch.ones(self.heads, self.head_dim))
         tag(self, "sigma", weight_decay=False)
-        self.gate = nn.Linear(width, self.heads) if gate else None
+        self.gate = WideLinear(width, self.heads) if gate else None
         if self.gate is not None:
             nn.init.constant_(self.gate.bias, 3.0)
             tag(self.gate, "bias", weight_decay=False)
@@ -97,8 +98,7 @@ class RFA(KernelAttention):
         phi_q, phi_k = self._fourier(q), self._fourier(k)
         if self.gate is None:
             return Mapped(phi_q, phi_k)
-        dtype = phi_k.dtype
-        logit = linear(x.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype))
+        logit = self.gate(x.to(phi_k.dtype))
         # Logarithms of g and 1 - g, each from the logit: neither loses the small one of the two, nor its gradient.
         return Mapped(phi_q, phi_k * logsigmoid(-logit).exp()[..., None], logsigmoid(logit))
 

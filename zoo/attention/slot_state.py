@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from zoo.attention.kv_state import Tokens, may_write
+from zoo.attention.kv_state import may_write
+from zoo.layers.places import Tokens
 
 
 class SlotState(NamedTuple):

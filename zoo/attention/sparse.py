@@ -14,11 +14,12 @@ from ops.sparse_attention import Pattern
 from ops.sparse_attention import pattern as make_pattern
 from ops.sparse_attention.part import visible
 from ops.sparse_attention.windows import Longformer, Streaming
-from zoo.attention.kv_state import KVState, Tokens, append, go_on, locate, may_write, new_kv, spell_out
+from zoo.attention.kv_state import KVState, append, may_write, new_kv, spell_out
 from zoo.attention.slot_state import SlotState, grow, new_slots, write
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import Rotary
 from zoo.layers.position import position as make_position
 

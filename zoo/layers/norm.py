@@ -23,6 +23,23 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """y = x / sqrt(mean(x²) + eps) · (1 + weight), with a weight that starts at 0 (Gemma, 2403.08295; Qwen3-Next).
+
+    x: [..., width]. The same map as RMSNorm of another parameter: bfloat16 keeps more digits of a small weight than of
+    1 + weight. All is computed in float32 at least, and the result rounded.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__(width, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 + self.weight.to(wide)
+        return nn.functional.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm whose weight and bias are tagged as free of weight decay. x: [..., width]."""
 
@@ -32,11 +49,11 @@ class LayerNorm(nn.LayerNorm):
         tag(self, "bias", weight_decay=False)
 
 
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms_zero_centered": ZeroCenteredRMSNorm}
 
 
 def norm(kind: str, width: int, eps: float | None = None) -> nn.Module:
-    """The norm of this name ("rms" or "layer") over `width`, `eps` as in the class unless told."""
+    """The norm of this name (one of NORMS) over `width`, `eps` as in the class unless told."""
     if kind not in NORMS:
         raise ValueError(f"norm={kind!r} is unknown; choose from {', '.join(NORMS)}")
     if eps is not None and number("norm_eps", eps) < 0:

@@ -35,6 +35,7 @@ class Experts(nn.Module):
     """
 
     activation: Callable[[Tensor], Tensor]
+    is_transposed = True  # what peft asks for: stored input by output
 
     def __init__(self, width: int, experts: int, hidden: int, inner: int, bias: bool):
         super().__init__()

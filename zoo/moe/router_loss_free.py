@@ -1,7 +1,6 @@
 """Balance without a loss: a bias for each expert, moved after every step, helps to choose (Wang et al., 2408.15664;
 DeepSeek-V3, 2412.19437)."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from zoo.layers.checks import integer, number
-from zoo.moe.routers import Router, Routing
+from zoo.layers.checks import number
+from zoo.moe.routers import Router, Routing, check_groups, within_groups
 
 SCORES = ("sigmoid", "softmax")
+BEST = 2  # experts of a group by which it is ranked
 
 
 class LossFree(Router):
@@ -53,7 +53,7 @@ class LossFree(Router):
             raise ValueError(f"update_rate={update_rate!r} must not be negative; 0.0 holds the bias")
         if number("scale", scale) <= 0:
             raise ValueError(f"scale={scale!r} must be positive")
-        _check_groups(experts, top_k, groups, top_groups)
+        check_groups(experts, top_k, groups, top_groups, BEST)
         self.scores, self.update_rate, self.renormalise = scores, update_rate, renormalise
         self.groups, self.top_groups, self.scale = groups, top_groups, scale
         self.weight = nn.Parameter(torch.empty(experts, width))
@@ -82,22 +82,14 @@ class LossFree(Router):
         if self.scores == "sigmoid":
             scores = logits.sigmoid()
             probabilities = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-        chosen = self.within_groups(scores.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        ranking = within_groups(scores.detach() + self.bias, self.groups, self.top_groups, BEST)
+        chosen = ranking.topk(self.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         weights = self.scale * weights
         chosen, weights = self.skip_padding(chosen, weights, segments)
         return Routing(chosen, weights, chosen, logits, probabilities, {})
-
-    def within_groups(self, ranking: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
-        """The ranking with -inf for experts outside a token's best groups."""
-        if self.groups == self.top_groups:
-            return ranking
-        grouped = ranking.unflatten(-1, (self.groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
-        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
-        return torch.where(kept[..., None], grouped, -math.inf).flatten(-2)
 
     def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
         counts = sums.get("sum/choices")
@@ -110,20 +102,3 @@ class LossFree(Router):
             return  # held in eval mode while others train
         # In integers: below, at or above the mean is then exact, and the same on every rank and device.
         self.bias += self.update_rate * (counts.sum() - self.experts * counts).sign()
-
-
-def _check_groups(experts: int, top_k: int, groups: int, top_groups: int) -> None:
-    if experts % integer("groups", groups):
-        raise ValueError(f"groups={groups} must divide experts={experts}; try groups={math.gcd(experts, groups)}")
-    if integer("top_groups", top_groups) > groups:
-        raise ValueError(f"top_groups={top_groups} must not be above groups={groups}")
-    size = experts // groups
-    if top_groups < groups and size < 2:
-        raise ValueError(
-            f"groups={groups} of one expert each cannot be ranked by their two best; use at most groups={experts // 2}"
-        )
-    if top_k > top_groups * size:
-        raise ValueError(
-            f"top_k={top_k} is above the {top_groups * size} experts in top_groups={top_groups} of {size} each; "
-            f"use top_groups={math.ceil(top_k / size)} or more"
-        )

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ops import segments as seg
 from zoo.layers.checks import number
-from zoo.moe.routers import Router, Routing
+from zoo.moe.routers import Router, Routing, check_groups, within_groups
 
 ORDERS = ("softmax_then_top_k", "top_k_then_softmax")
+BEST = 1  # experts of a group by which it is ranked
 
 
 class TopK(Router):
@@ -30,6 +31,9 @@ class TopK(Router):
       the document in this call, padding not counted). Choices are served in order of time, a token's better ones
       first, so a token is dropped because of earlier tokens only and rows of a batch do not compete. (GShard serves
       all first choices before any second one, which looks at later tokens.) Nothing is dropped in eval mode.
+    - `groups`, `top_groups`: experts stand in `groups` of equal size, and a token chooses among those of its
+      `top_groups` best, ranked by the largest p in each (DeepSeek-V2, 2405.04434, section 2.2.2: 8 and 3).
+    - `scale`: factor on the weights (DeepSeek-V2: routed_scaling_factor, 16).
     """
 
     def __init__(
@@ -43,6 +47,9 @@ class TopK(Router):
         jitter: float = 0.0,
         random_second: bool = False,
         capacity_factor: float | None = None,
+        groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
     ):
         super().__init__(width, experts, top_k)
         if order not in ORDERS:
@@ -58,9 +65,13 @@ class TopK(Router):
             raise ValueError(f"random_second=True needs a second expert and no third; use top_k=2, not top_k={top_k}")
         if capacity_factor is not None and number("capacity_factor", capacity_factor) <= 0:
             raise ValueError(f"capacity_factor={capacity_factor!r} must be positive, or None to drop no token")
+        if number("scale", scale) <= 0:
+            raise ValueError(f"scale={scale!r} must be positive")
+        check_groups(experts, top_k, groups, top_groups, BEST)
         self.order = order
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.jitter, self.random_second, self.capacity_factor = jitter, random_second, capacity_factor
+        self.groups, self.top_groups, self.scale = groups, top_groups, scale
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.reset_parameters()
 
@@ -76,12 +87,14 @@ class TopK(Router):
         logits = self.logits(x, self.weight)
         probabilities = logits.softmax(-1)
         if self.order == "softmax_then_top_k":
-            weights, chosen = probabilities.topk(self.top_k, dim=-1)
+            weights, chosen = self._within_groups(probabilities).topk(self.top_k, dim=-1)
             if self.renormalise:
                 weights = weights / weights.sum(-1, keepdim=True)
         else:
-            best, chosen = logits.topk(self.top_k, dim=-1)
+            best, chosen = self._within_groups(logits).topk(self.top_k, dim=-1)
             weights = best.softmax(-1)
+        if self.scale != 1:
+            weights = self.scale * weights
         if self.training and self.random_second:
             second = weights[:, 1].detach() / weights.detach().sum(-1)
             visited = torch.stack([torch.ones_like(second), 2 * second], 1) > torch.rand_like(second)[:, None]
@@ -92,6 +105,9 @@ class TopK(Router):
             kept = self.within_capacity(chosen, x.shape[0], x.shape[1], segments)
             experts, weights = torch.where(kept, chosen, self.experts), torch.where(kept, weights, 0.0)
         return Routing(experts, weights, chosen, logits, probabilities, {})
+
+    def _within_groups(self, ranking: Float[Tensor, "tokens experts"]) -> Float[Tensor, "tokens experts"]:
+        return within_groups(ranking, self.groups, self.top_groups, BEST)
 
     def within_capacity(
         self, chosen: Int[Tensor, "tokens k"], batch: int, time: int, segments: Int[Tensor, "batch time"] | None

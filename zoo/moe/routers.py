@@ -7,6 +7,7 @@ one, with one class of `Router`. Nothing else knows of it.
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops.precision import full_precision
+from zoo.layers.checks import integer
 from zoo.layers.spelling import nearest
 
 
@@ -101,6 +103,38 @@ class Router(nn.Module):
             return chosen, weights
         valid = (segments != 0).reshape(-1, 1)
         return torch.where(valid, chosen, self.experts), torch.where(valid, weights, 0.0)
+
+
+def check_groups(experts: int, top_k: int, groups: int, top_groups: int, best: int) -> None:
+    """Raise ValueError unless `groups` of equal size can be ranked by their `best` experts, and `top_groups` of them
+    hold top_k experts."""
+    if experts % integer("groups", groups):
+        raise ValueError(f"groups={groups} must divide experts={experts}; try groups={math.gcd(experts, groups)}")
+    if integer("top_groups", top_groups) > groups:
+        raise ValueError(f"top_groups={top_groups} must not be above groups={groups}")
+    size = experts // groups
+    if top_groups < groups and size < best:
+        raise ValueError(
+            f"groups={groups} of size {size} cannot be ranked by their {best} best experts; "
+            f"use at most groups={experts // best}"
+        )
+    if top_k > top_groups * size:
+        raise ValueError(
+            f"top_k={top_k} is above the {top_groups * size} experts in top_groups={top_groups} of {size} each; "
+            f"use top_groups={math.ceil(top_k / size)} or more"
+        )
+
+
+def within_groups(
+    ranking: Float[Tensor, "tokens experts"], groups: int, top_groups: int, best: int
+) -> Float[Tensor, "tokens experts"]:
+    """The ranking with -inf for experts outside a token's `top_groups` groups of largest sum over their `best`."""
+    if groups == top_groups:
+        return ranking
+    grouped = ranking.unflatten(-1, (groups, -1))
+    chosen = grouped.topk(best, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+    kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, chosen, True)
+    return torch.where(kept[..., None], grouped, -math.inf).flatten(-2)
 
 
 class Scheduled(Router):

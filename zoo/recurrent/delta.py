@@ -41,6 +41,7 @@ class DeltaBlock(Block):
     ):
         super().__init__(width)
         self.heads, self.key_heads, self.k_dim, self.v_dim = sizes
+        self.head_dim, self.value_head_dim = self.k_dim, self.v_dim  # as the options are called that chose them
         if not isinstance(negative_eigenvalues, bool):
             raise ValueError(f"negative_eigenvalues={negative_eigenvalues!r} must be true or false")
         if number("norm_eps", norm_eps) < 0:

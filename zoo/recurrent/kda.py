@@ -56,6 +56,7 @@ class KDA(DeltaBlock):
         super().__init__(width, (heads, heads, k_dim, v_dim), (), conv_width, negative_eigenvalues, norm_eps)
         if rank is None:
             rank = min(v_dim, width, self.key_dim)
+        self.rank = rank
         if not isinstance(gate_bias, bool):
             raise ValueError(f"gate_bias={gate_bias!r} must be true or false")
         self.decay_proj = LowRankLinear(width, self.key_dim, rank)

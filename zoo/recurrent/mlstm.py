@@ -12,6 +12,7 @@ from ops.segments import marks
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import up_to_four
+from zoo.layers.wide import WideLinear
 
 LEAST = -80.0  # e^80 is finite in float32; where m is below, h is 0 to 30 digits
 
@@ -75,7 +76,7 @@ class MLSTM(Block):
         self.soft_cap, self.eps, self.norm_eps = soft_cap, eps, norm_eps
         self.sizes = (self.qk_dim, self.qk_dim, self.v_dim, self.v_dim)  # of q, k, v and the output's gate
         self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
-        self.gate_proj = nn.Linear(width, 2 * self.heads)  # to the logits of i, then of f
+        self.gate_proj = WideLinear(width, 2 * self.heads)  # to the logits of i, then of f
         self.norm_weight = nn.Parameter(torch.ones(self.v_dim))
         self.out_proj = nn.Linear(self.v_dim, width, bias=False)
         with torch.no_grad():
@@ -118,8 +119,7 @@ class MLSTM(Block):
         if k.dtype == torch.float16:  # no room for e^(log i - m)
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
         q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in (q, k, v))
-        # The bias in float32: an exponent of 10 in bfloat16 would be off by 3 %.
-        gates = F.linear(x, self.gate_proj.weight).to(wide) + self.gate_proj.bias.to(wide)
+        gates = self.gate_proj(x)
         if self.soft_cap is not None:
             gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
         log_i, logits = gates.split(self.heads, -1)

@@ -11,6 +11,7 @@ from ops import delta_rule
 from zoo.block import tag
 from zoo.layers.initial import orthogonal_
 from zoo.layers.shift import token_shift
+from zoo.layers.wide import WideLinear
 
 _RATE = torch.tensor(-0.5, dtype=torch.float64).exp().item()  # w is exp(-_RATE) = 0.545 at least
 
@@ -22,7 +23,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.between = between
         self.encode = nn.Linear(width, rank, bias=False)
-        self.decode = nn.Linear(rank, width, bias=bias)
+        self.decode = WideLinear(rank, width, bias=bias)
         tag(self.encode, "weight", weight_decay=False)
         tag(self.decode, "weight", weight_decay=False)
         if bias:
@@ -34,11 +35,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         low = self.encode(x)
-        y = F.linear(low if self.between is None else self.between(low), self.decode.weight)
-        if self.decode.bias is None:
-            return y
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return y.to(wide) + self.decode.bias.to(wide)
+        return self.decode(low if self.between is None else self.between(low))
 
 
 class TimeMix(nn.Module):

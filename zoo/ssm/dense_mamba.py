@@ -6,7 +6,7 @@ import torch
 from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu, softplus
+from torch.nn.functional import silu, softplus
 
 from ops import selective_scan
 from zoo.block import Block, Out, enter, leave
@@ -97,10 +97,8 @@ class DenseLayer(nn.Module):
         channels, conv = m.conv(channels, None if state is None else state.conv, segments)
         dt, B, C = m.x_proj(channels).split([m.dt_rank, m.state_size, m.state_size], -1)
         # float32: A dt is an exponent, and bfloat16's 8 bits of it would be 8 bits of the decay over many tokens.
-        dt = linear(m.dt_norm(dt), m.dt_proj.weight)
-        wide = torch.promote_types(dt.dtype, torch.float32)
-        dt = softplus(dt.to(wide) + m.dt_proj.bias.to(wide))
-        A, start = -torch.exp(m.A_log.to(wide)), None if state is None else state.scan
+        dt = softplus(m.dt_proj(m.dt_norm(dt)))
+        A, start = -torch.exp(m.A_log.to(dt.dtype)), None if state is None else state.scan
         own, C = Hidden(channels, dt, A, m.B_norm(B), start, segments), m.C_norm(C)
         y, scan = own.read(C, m.D)
         if before:

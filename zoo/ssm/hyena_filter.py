@@ -9,12 +9,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ops.precision import full_precision
 from zoo.block import tag
 from zoo.layers.checks import integer, number
 from zoo.layers.spelling import nearest
+from zoo.layers.wide import WideLinear
 
 WINDOW: Mapping[str, float] = {"fast": 0.3, "slow": 1.5, "target": 0.01, "shift": 0.0}
 
@@ -53,8 +53,8 @@ class ImplicitFilter(nn.Module):
         integer("filter_width", hidden)
         integer("filter_layers", layers, 0)
         sizes = [2 * bands + 1, *[hidden] * (layers + 1)]
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
-        self.out = nn.Linear(hidden, stages * channels, bias=False)
+        self.layers = nn.ModuleList(WideLinear(*pair) for pair in pairwise(sizes))
+        self.out = WideLinear(hidden, stages * channels, bias=False)
         self.frequency = nn.Parameter(torch.full((hidden,), float(number("frequency", frequency))))
         tag(self, "frequency", weight_decay=False)
         tag(self.out, "weight", weight_decay=False)
@@ -75,10 +75,9 @@ class ImplicitFilter(nn.Module):
         with full_precision(weight.device):
             lag = torch.arange(length, device=weight.device, dtype=wide)
             x = self._features(lag)
-            for each in self.layers:
-                layer = cast(nn.Linear, each)
-                x = torch.sin(self.frequency.to(wide) * linear(x, layer.weight.to(wide), layer.bias.to(wide)))
-            h = linear(x, weight.to(wide))
+            for layer in self.layers:
+                x = torch.sin(self.frequency.to(wide) * layer(x))
+            h = self.out(x)
             if self.window is not None:
                 h = h * self._window(lag)
         return rearrange(h, "l (c s) -> (s c) l", s=self.stages)

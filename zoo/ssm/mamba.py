@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from ops import selective_scan
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.norm import RMSNorm
+from zoo.layers.wide import WideLinear
 
 
 class MambaState(NamedTuple):
@@ -35,7 +36,8 @@ class Mamba(Block):
 
     `dt_rank`: rank of dt's projection, default ceil(width / 16). `bias`: of W_in and W_out. `conv_bias`: of the
     convolution over `conv_width` tokens. `inner_norm`: RMSNorm on dt, B and C, as in Jamba (2403.19887, section 6.4);
-    "weightless" has no parameters (Falcon Mamba, 2410.05355).
+    "weightless" has no parameters (Falcon Mamba, 2410.05355). `inner_norm_eps`: added under those norms' root, default
+    1e-6.
 
     Cost (T tokens, D = width, b bytes a number):
         train time: O(T D inner + T inner state_size)
@@ -57,6 +59,7 @@ class Mamba(Block):
         bias: bool = False,
         conv_bias: bool = True,
         inner_norm: bool | str = False,
+        inner_norm_eps: float | None = None,
     ):
         super().__init__(width)
         dt_rank = -(-width // 16) if dt_rank is None else dt_rank
@@ -71,8 +74,11 @@ class Mamba(Block):
         self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
         self.conv = ShortConvolution(inner, conv_width, bias=conv_bias)
         self.x_proj = nn.Linear(inner, dt_rank + 2 * state_size, bias=False)
-        self.dt_norm, self.B_norm, self.C_norm = (_norm(inner_norm, size) for size in (dt_rank, state_size, state_size))
-        self.dt_proj = nn.Linear(dt_rank, inner)
+        self.inner_norm_eps = _eps(inner_norm, inner_norm_eps)
+        self.dt_norm, self.B_norm, self.C_norm = (
+            _norm(inner_norm, size, self.inner_norm_eps) for size in (dt_rank, state_size, state_size)
+        )
+        self.dt_proj = WideLinear(dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=bias)
@@ -121,12 +127,11 @@ class Mamba(Block):
         channels, conv = self.conv(channels, None if carried is None else carried.conv, segments)
         dt, B, C = self.x_proj(channels).split([self.dt_rank, self.state_size, self.state_size], -1)
         # float32: A dt is an exponent, and bfloat16's 8 bits of it would be 8 bits of the decay over many tokens.
-        dt = linear(self.dt_norm(dt), self.dt_proj.weight)
-        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = softplus(self.dt_proj(self.dt_norm(dt)))
         y, scan = selective_scan(
             channels,
-            softplus(dt.to(wide) + self.dt_proj.bias.to(wide)),
-            -torch.exp(self.A_log.to(wide)),
+            dt,
+            -torch.exp(self.A_log.to(dt.dtype)),
             self.B_norm(B),
             self.C_norm(C),
             self.D,
@@ -146,12 +151,26 @@ class Mamba(Block):
         return self.init_state(x.shape[0], device=x.device, dtype=state.conv.dtype)
 
 
-def _norm(inner_norm: bool | str, width: int) -> nn.Module:
-    if isinstance(inner_norm, bool):
-        return RMSNorm(width) if inner_norm else nn.Identity()
-    if inner_norm != "weightless":
+def _eps(inner_norm: bool | str, eps: float | None) -> float | None:
+    """The eps of the inner norms; None where there are none."""
+    if not isinstance(inner_norm, bool) and inner_norm != "weightless":
         raise ValueError(f"inner_norm={inner_norm!r} must be true, false or 'weightless'")
-    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+    if inner_norm is False:
+        if eps is not None:
+            raise ValueError(
+                f"inner_norm_eps={eps} needs norms of dt, B and C; set inner_norm to true or 'weightless', or leave it "
+                "out"
+            )
+        return None
+    if eps is not None and number("inner_norm_eps", eps) < 0:
+        raise ValueError(f"inner_norm_eps={eps} must not be negative")
+    return 1e-6 if eps is None else eps
+
+
+def _norm(inner_norm: bool | str, width: int, eps: float | None) -> nn.Module:
+    if eps is None:
+        return nn.Identity()
+    return RMSNorm(width, eps) if inner_norm is True else nn.RMSNorm(width, eps=eps, elementwise_affine=False)
 
 
 def _mask(x: Float[Tensor, "batch time width"], segments: Int[Tensor, "batch time"] | None) -> Tensor:

@@ -36,9 +36,10 @@ class Mamba2(Block):
     and the biases are kept out of weight decay.
 
     `head_dim`: default 64, or in narrow models the largest size that makes two heads a group or more. `dt_limit`: steps
-    are clamped to this range after softplus. `norm_before_gate`: norm(y) · silu(z) instead of norm(y · silu(z)).
-    `norm_groups`: runs of channels normed each by itself, default `groups`. `bias`: of W_in and W_out; `conv_bias`: of
-    the convolution over `conv_width` tokens.
+    are clamped to this range after softplus; a range [least, None] has no upper end. `norm_before_gate`: norm(y) ·
+    silu(z) instead of norm(y · silu(z)). `norm_groups`: runs of channels normed each by itself, default `groups`;
+    `norm_eps`: added under that norm's root. `bias`: of W_in and W_out; `conv_bias`: of the convolution over
+    `conv_width` tokens.
 
     Cost (T tokens, D = width, b bytes a number):
         train time: O(T D inner + T inner state_size)
@@ -58,23 +59,26 @@ class Mamba2(Block):
         conv_width: int = 4,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
-        dt_limit: Sequence[float] | None = None,
+        dt_limit: Sequence[float | None] | None = None,
         norm_before_gate: bool = False,
         norm_groups: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        norm_eps: float = 1e-5,
     ):
         super().__init__(width)
         for name, value in (("expand", expand), ("state_size", state_size), ("conv_width", conv_width)):
             integer(name, value)
         self.inner, self.state_size = expand * width, state_size
         self.head_dim, self.heads, self.groups = fit_heads(self.inner, head_dim, groups)
-        norm_groups = self.groups if norm_groups is None else integer("norm_groups", norm_groups)
-        if self.inner % norm_groups:
+        self.norm_groups = self.groups if norm_groups is None else integer("norm_groups", norm_groups)
+        if self.inner % self.norm_groups:
             raise ValueError(
                 f"norm_groups={norm_groups} must divide expand * width = {self.inner}; "
-                f"try {math.gcd(norm_groups, self.inner)}"
+                f"try {math.gcd(self.norm_groups, self.inner)}"
             )
+        if number("norm_eps", norm_eps) < 0:
+            raise ValueError(f"norm_eps={norm_eps} must not be negative")
         if not 0 < number("dt_min", dt_min) <= number("dt_max", dt_max):
             raise ValueError(f"dt_min={dt_min} and dt_max={dt_max} must satisfy 0 < dt_min <= dt_max")
         self.dt_limit = _limit(dt_limit)
@@ -84,7 +88,7 @@ class Mamba2(Block):
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = GatedRMSNorm(self.inner, norm_groups, norm_before_gate)
+        self.norm = GatedRMSNorm(self.inner, self.norm_groups, norm_before_gate, norm_eps)
         self.out_proj = nn.Linear(self.inner, width, bias=bias)
         with torch.no_grad():  # b_dt = softplus⁻¹(dt) = log(e^dt - 1), written to be exact for a small dt
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
@@ -173,12 +177,17 @@ def fit_heads(inner: int, head_dim: int | None, groups: int) -> tuple[int, int, 
     return head_dim, inner // head_dim, groups
 
 
-def _limit(limit: Sequence[float] | None) -> tuple[float, float] | None:
+def _limit(limit: Sequence[float | None] | None) -> tuple[float, float | None] | None:
     if limit is None:
         return None
     if isinstance(limit, str) or not isinstance(limit, Sequence) or len(limit) != 2:
         raise ValueError(f"dt_limit={limit!r} must be two numbers, the least and the greatest step; None for no limit")
-    low, high = (number("dt_limit", each) for each in limit)
+    low = number("dt_limit", limit[0])
+    if limit[1] is None:
+        if low <= 0:
+            raise ValueError(f"dt_limit={list(limit)} limits no step, they are positive; None is no limit")
+        return low, None
+    high = number("dt_limit", limit[1])
     if not 0 <= low < high:
         raise ValueError(f"dt_limit={list(limit)} must satisfy 0 <= least < greatest")
     return low, high
