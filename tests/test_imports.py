@@ -14,9 +14,8 @@ FAMILIES = ("zoo.attention", "zoo.ssm", "zoo.recurrent", "zoo.moe")
 LAYERS = [
     ("ops",),
     ("zoo.block",),
-    ("zoo.layers",),
+    ("zoo.layers", "zoo.registry"),  # the registry names blocks as strings; a block of blocks builds them by it
     FAMILIES,
-    ("zoo.registry",),
     ("zoo.config",),
     ("zoo.model",),
     ("zoo.describe", "zoo.hf"),
@@ -29,6 +28,9 @@ OWNERS = {
     "triton": ("ops",),
     "numba": ("ops",),
     "jsonargparse": ("train",),
+    "lm_eval": ("zoo.hf",),
+    "torchao": ("zoo.hf",),
+    "peft": ("zoo.hf",),
 }
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that are there whole or not at all, and a Hugging Face export beside each."""
 
 import contextlib
+import copy
 import errno
 import os
 import re
@@ -163,32 +164,51 @@ def export(trainer: Any, folder: Path) -> None:
     state = gather(trainer)
     if not trainer.is_global_zero:
         return
-    from zoo.hf import ZooConfig, hide_progress, model_class, save_byte_tokenizer
+    from zoo.hf import hide_progress, save_byte_tokenizer
 
     hide_progress()  # one bar on the screen is enough
-    config = ZooConfig(model=module.network.config)
-    with torch.random.fork_rng(devices=[]):
-        model: Any = model_class(config)(config)
-    model.model.load_state_dict(state)
     tokenizer = getattr(trainer.datamodule, "tokenizer", None)
-    if model.can_generate() and tokenizer is not None and tokenizer.end is not None:
-        model.generation_config.eos_token_id = tokenizer.end
     with atomically(folder) as temporary:
-        model.save_pretrained(temporary)
+        if module.adapters is None:
+            whole_model(module, state, tokenizer).save_pretrained(temporary)
+        else:
+            temporary.mkdir()
+            module.adapters.save(temporary, state)
         if isinstance(tokenizer, Bytes):
             save_byte_tokenizer(temporary, mask=module.network.config.objective == "masked")
         elif tokenizer is not None:
             tokenizer.tokenizer.save_pretrained(temporary)
 
 
+def whole_model(module: LanguageModule, state: dict[str, Tensor], tokenizer: Any) -> Any:
+    """The model with these weights, as transformers saves it; with what is known of the one that it was trained on
+    from: its published format, its settings for generation."""
+    from zoo.hf import ZooConfig, model_class
+
+    config, generation = module.saved or (ZooConfig(model=module.network.config), None)
+    config = copy.deepcopy(config)
+    with torch.random.fork_rng(devices=[]):
+        model: Any = model_class(config)(config)
+    model.model.load_state_dict(state)
+    if not model.can_generate():
+        return model
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    if tokenizer is not None and tokenizer.end is not None and model.generation_config.eos_token_id is None:
+        model.generation_config.eos_token_id = tokenizer.end
+    return model
+
+
 def gather(trainer: Any) -> dict[str, Tensor]:
-    """The network's whole weights on the CPU; of a sharded one they come together on rank 0 alone."""
-    network = trainer.lightning_module.network
+    """The network's whole weights on the CPU, or its adapters' alone where those are trained; of a sharded one they
+    come together on rank 0 alone."""
+    network, adapters = trainer.lightning_module.network, trainer.lightning_module.adapters
     if not isinstance(trainer.strategy, ModelParallelStrategy):
-        return {name: value.detach().cpu() for name, value in network.state_dict().items()}
+        state = network.state_dict().items()
+        return {n: each.detach().cpu() for n, each in state if adapters is None or n in adapters.names}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters is not None)
     return cast(dict[str, Tensor], get_model_state_dict(network, options=whole))
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import lightning
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from train.data.windows import IGNORED
+from train.lora import Adapters, LoRAConfig
 from train.masking import MaskingConfig
 from train.objective import Batch, objective
 from train.optim import OptimizerConfig, ScheduleConfig, build
@@ -48,6 +49,8 @@ class LanguageModule(lightning.LightningModule):
         self.network = network if isinstance(network, LanguageModel) else LanguageModel(network)
         self.objective = objective(self.network.config, masking)
         self.network.gradient_checkpointing = activation_checkpointing
+        self.adapters: Adapters | None = None  # what is trained in the network's place
+        self.saved: tuple[Any, Any] | None = None  # configuration and generation settings of the model trained on from
         self.optimizer_config, self.schedule_config, self.compile_network = optimizer, schedule, compile
         self.gradient_norm: Tensor | None = None  # of the last step, before clipping
         self.batches = 0  # of this rank, since the run began
@@ -70,6 +73,11 @@ class LanguageModule(lightning.LightningModule):
 
             self.sharded, mesh = True, mesh["data_parallel"]
             divides = getattr(self.trainer.strategy, "divides_experts", False)
+            if divides and self.adapters is not None and self.adapters.on_experts:
+                raise ValueError(
+                    "trainer.strategy expert_parallel divides experts; their adapters need them whole: use sharded, "
+                    f"or leave {self.adapters.on_experts} out of model.lora.targets"
+                )
             divided = divide_experts(self.network, mesh) if divides else set()
             for each in self.network.blocks:
                 fully_shard(each, mesh=mesh, ignored_params=divided)
@@ -133,7 +141,7 @@ class LanguageModule(lightning.LightningModule):
         skipped = scaler is not None and scaler.get_scale() < before  # float16: gradients overflowed
         found, self.adding = self.adding, {}
         self.sums = {} if skipped else self._sum_over_ranks(found)
-        if not skipped:
+        if not skipped and self.adapters is None:  # what blocks do then would change the model under the adapters
             self.network.after_step(self.trainer.global_step + 1, self.sums)  # Lightning counts this step later
 
     def configure_gradient_clipping(
@@ -186,6 +194,10 @@ class LanguageModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["zoo"] = {"network": self.network.config.to_dict(), "batches": self.batches}
+        if self.adapters is not None:
+            checkpoint["zoo"]["lora"] = self.adapters.about
+            names = {f"network.{name}" for name in self.adapters.names}
+            checkpoint["state_dict"] = {n: each for n, each in checkpoint["state_dict"].items() if n in names}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         saved = checkpoint.get("zoo")
@@ -193,22 +205,54 @@ class LanguageModule(lightning.LightningModule):
             raise ValueError("this checkpoint was not written by `zoo pretrain` or `zoo finetune`; give one that was")
         # Read as any configuration: one of a newer version is refused, one of an older takes today's defaults.
         check_same(ModelConfig.from_dict(saved["network"]).to_dict(), self.network.config.to_dict())
+        self._check_lora(saved.get("lora"))
+        if self.adapters is not None and "state_dict" in checkpoint:  # a sharded strategy has loaded it already
+            odd = {f"network.{name}" for name in self.adapters.names} ^ set(checkpoint["state_dict"])
+            if odd:
+                raise ValueError(f"the checkpoint's adapters have other names than this peft's: {min(odd)}, ...")
         self.batches = saved["batches"]
+
+    def _check_lora(self, saved: Mapping[str, Any] | None) -> None:
+        """Raise ValueError for a checkpoint of other adapters, or of whole weights where adapters train."""
+        now = None if self.adapters is None else self.adapters.about
+        if saved is None or now is None:
+            if saved is not now:
+                held, trained = ("all weights", "adapters") if saved is None else ("adapters", "all weights")
+                raise ValueError(
+                    f"the checkpoint holds {held} and this run trains {trained}; resume with the run's own config.yaml"
+                )
+            return
+        for name, value in now.items():
+            if saved.get(name) != value:
+                what = "the saved model is another one" if name == "base" else f"model.lora.{name}={value!r} now"
+                raise ValueError(
+                    f"the checkpoint's adapters were trained with {name}={saved.get(name)!r}, and {what}; resume with "
+                    "the run's own config.yaml and the same saved model"
+                )
 
 
 class FromPretrained(LanguageModule):
     """Training of a saved model.
 
     Args:
-        pretrained: folder or hub id of the saved model; its weights are read from safetensors.
+        pretrained: folder or hub id of the saved model, ours or of a published format (or of an adapter, which is
+            merged); its weights are read from safetensors.
+        lora: train adapters of this kind in the place of the weights.
         options: as for a new model.
     """
 
-    def __init__(self, pretrained: str | None = None, **options: Any):
+    def __init__(self, pretrained: str | None = None, *, lora: LoRAConfig | None = None, **options: Any):
         if pretrained is None:
             raise ValueError("which saved model? Give its folder or hub id with --from")
-        super().__init__(network=cast(Any, load_pretrained(pretrained)), **options)
-        self.pretrained = pretrained
+        model = load_saved(pretrained)
+        if lora is None:
+            model.float()
+        super().__init__(network=model.model, **options)
+        self.pretrained, self.saved = pretrained, (model.config, getattr(model, "generation_config", None))
+        if lora is not None:
+            self.adapters = Adapters(model, lora, pretrained)
+            self.strict_loading = False  # a checkpoint holds adapters alone
+        self.network.train()  # it comes in eval mode
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -231,14 +275,18 @@ def check_length(network: LanguageModel, length: int) -> None:
     """Raise ValueError for a block that is built for shorter documents than windows of `length` tokens may hold: it
     would stop the run at the first such document, which may come late."""
     from zoo.attention.projected import Projected
+    from zoo.layers.learned_position import LearnedPosition
 
+    limits: dict[type, str] = {Projected: "length", LearnedPosition: "context"}
     for spec, each in zip(network.config.blocks(), network.residuals, strict=True):
-        if isinstance(each.block, Projected) and each.block.length < length:
-            raise ValueError(
-                f"model.network.{spec.where} (kind {spec.kind}) is built for documents of at most "
-                f"length={each.block.length} tokens and data.length={length} cuts longer ones; set data.length to "
-                f"{each.block.length}, or the block's length to {length}"
-            )
+        for part in each.modules():  # of blocks side by side each
+            option = next((name for kind, name in limits.items() if isinstance(part, kind)), None)
+            if option is not None and (limit := getattr(part, option)) < length:
+                raise ValueError(
+                    f"model.network.{spec.where} (kind {spec.kind}) is built for documents of at most "
+                    f"{option}={limit} tokens and data.length={length} cuts longer ones; set data.length to "
+                    f"{limit}, or the block's {option} to {length}"
+                )
 
 
 def check_tokenizer(name: str, tokenizer: Any, masked: bool = False) -> None:
@@ -260,15 +308,23 @@ def check_tokenizer(name: str, tokenizer: Any, masked: bool = False) -> None:
 
 
 def load_pretrained(name: str) -> LanguageModel:
-    """The network of a model saved with `save_pretrained`, by folder or hub id. Weights come from safetensors alone."""
-    from zoo.hf import hide_progress, model_class
+    """The network of a saved model, in float32, to be trained on."""
+    return load_saved(name).model.float().train()
+
+
+def load_saved(name: str) -> Any:
+    """A model saved with `save_pretrained`, in a published format or as an adapter, by folder or hub id: a
+    `ZooPreTrainedModel` in the dtype it is stored in. Weights come from safetensors alone."""
+    from zoo.convert import load
+    from zoo.hf import hide_progress
 
     hide_progress()  # one bar on the screen is enough
     try:
-        found: Any = model_class(name).from_pretrained(name, use_safetensors=True)
+        return load(name)
+    except ImportError:
+        raise
     except Exception as error:
         raise ValueError(
             f"no model could be loaded from {name!r}: {type(error).__name__}: {error}. Give a folder that a run or "
             "save_pretrained wrote (with config.json and model.safetensors), or a hub id this machine can reach"
         ) from error
-    return cast(LanguageModel, found.model).float().train()  # it comes in eval mode

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from train.checkpoint import AtomicCheckpointIO, Checkpoints, ExpertParallel, Sharded, checkpoints, read
 from train.data.module import TextData
+from train.data.tokenizer import own_tokenizer
 from train.experts import DeadExperts
 from train.metrics import Metrics, loggers
 from train.module import FromPretrained, LanguageModule
@@ -43,6 +44,8 @@ class Trainer(lightning.Trainer):
 
     def _train(self, model: LanguageModule, datamodule: TextData, ckpt_path: str | None) -> None:
         before = 0 if ckpt_path is None else int(read(Path(ckpt_path))["global_step"])
+        if self.is_global_zero and model.adapters is not None:
+            print(model.adapters.told(), flush=True)
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         if self.is_global_zero and self.global_step == before:
             print(f"nothing to train: step {before} of trainer.max_steps={self.max_steps} is reached")
@@ -98,7 +101,7 @@ class Run(LightningCLI):
         if self.command != "validate":
             parser.add_lightning_class_args(Checkpoints, "checkpoint")
         if self.command != "pretrain":
-            text = "folder or hub id of the saved model (a run's folder holds it as model/)"
+            text = "folder or hub id of a saved model (a run's folder holds it as model/), published model or adapter"
             parser.add_argument("--from", type=str | None, default=None, help=text)
             parser.link_arguments("from", "model.pretrained")
 
@@ -130,6 +133,13 @@ class Run(LightningCLI):
             )
         if chosen is not None:
             self.resumed_at = int(read(Path(chosen))["global_step"])
+
+    def instantiate_classes(self) -> None:
+        """Where none is chosen, a saved model comes with its tokenizer."""
+        super().instantiate_classes()
+        saved, data = self.config[self.command].get("from"), self.config[self.command].data
+        if saved is not None and data.tokenizer is None:
+            data.tokenizer = self.datamodule.tokenizer_name = own_tokenizer(saved)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.command]["trainer"]

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # Run by another module's `main(argv)`, imported only then; argv begins with the command's name.
 ELSEWHERE = {
@@ -19,13 +20,15 @@ ELSEWHERE = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status; a user's mistake is one line on stderr and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(name).setLevel(logging.ERROR)
     if argv and argv[0] in ELSEWHERE:
         module, function = ELSEWHERE[argv[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(argv) or 0
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"zoo {argv[0]}: {error}", file=sys.stderr)
         return 2
 
@@ -42,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--width", type=int, default=512, help="for a kind (default 512)")
     describe.set_defaults(run=_describe)
     generate = commands.add_parser("generate", help="continue a prompt with a checkpoint")
-    generate.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    generate.add_argument("--model", required=True, help="zoo or published checkpoint, or an adapter: folder or hub id")
     generate.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     generate.add_argument("--max-new-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
@@ -50,9 +53,36 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", default=None, help="cpu, cuda, ... (default: the GPU where there is one)")
     generate.add_argument("--dtype", default=None, help="float32, bfloat16, ... (default: the checkpoint's)")
+    generate.add_argument("--quantize", default=None, help="int8 or int4 weights (needs torchao)")
+    generate.add_argument("--text", default=None, help="file on which quality is compared (default: the prompt)")
     generate.set_defaults(run=_generate)
+    _add_evaluate(commands)
     _add_convert(commands)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    """`zoo evaluate --model DIR [--tasks ...] [--text FILE]`."""
+    text = "run lm-eval's tasks, or measure the perplexity of a text"
+    evaluate = commands.add_parser("evaluate", help=text, description=f"{text.capitalize()}.")
+    evaluate.add_argument("--model", required=True, help="zoo or published checkpoint, or an adapter: folder or hub id")
+    evaluate.add_argument("--tasks", default="", help="names with commas between, or YAML files (needs lm-eval)")
+    evaluate.add_argument("--include-path", default=None, help="folder of more tasks")
+    evaluate.add_argument("--limit", type=float, default=None, help="examples of each task; below 1 a share of them")
+    evaluate.add_argument("--fewshot", type=int, default=None, help="solved examples before each (default: the task's)")
+    evaluate.add_argument(
+        "--max-length", type=int, default=None, help="tokens of context in tasks (default: the model's)"
+    )
+    evaluate.add_argument("--text", default=None, help="text file whose perplexity is measured")
+    evaluate.add_argument("--window", type=int, default=1024, help="tokens read at once (default 1024)")
+    evaluate.add_argument("--stride", type=int, default=None, help="tokens between windows (default: half of one)")
+    evaluate.add_argument("--stream", action="store_true", help="carry the state on: all of the text is context")
+    evaluate.add_argument("--batch-size", default="1", help="requests or windows at once; auto for tasks (default 1)")
+    evaluate.add_argument("--quantize", default=None, help="int8 or int4 weights (needs torchao)")
+    evaluate.add_argument("--device", default=None, help="cpu, cuda, ... (default: the GPU where there is one)")
+    evaluate.add_argument("--dtype", default=None, help="float32, bfloat16, ... (default: the checkpoint's)")
+    evaluate.add_argument("--output", default=None, help="JSON file to write")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_convert(commands: Any) -> None:
@@ -66,6 +96,7 @@ def _add_convert(commands: Any) -> None:
         "upcycle": operations.add_parser("upcycle", help="feed-forward layers become experts that start as copies"),
         "moefy": operations.add_parser("moefy", help="split feed-forward layers into experts of their neurons"),
         "share-kv": operations.add_parser("share-kv", help="fewer key and value heads, each the mean of several"),
+        "merge": operations.add_parser("merge", help="add an adapter (LoRA) to the weights it was trained on"),
     }
     for name in ("upcycle", "moefy"):
         each[name].add_argument("--experts", type=int, default=8, help="(default 8)")
@@ -148,6 +179,7 @@ def _tables(console: Any, facts: dict[str, Any], total: int) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from zoo.convert import load
     from zoo.hf.generate import generate
 
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
@@ -160,6 +192,38 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=arguments.device,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        text=arguments.text,
+        load=load,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from zoo.convert import load
+    from zoo.convert.published import local_folder
+    from zoo.hf import hide_progress
+    from zoo.hf.evaluate import evaluate
+    from zoo.hf.generate import named_device, named_dtype, tokenizer_of
+
+    size: str = arguments.batch_size
+    if not (size.isdecimal() and int(size)) and size.split(":")[0] != "auto":
+        raise ValueError(f"batch_size={size!r} must be a number of at least 1, or auto")
+    device, dtype = named_device(arguments.device), named_dtype(arguments.dtype)
+    folder = local_folder(arguments.model)
+    hide_progress()
+    tokenizer, model = tokenizer_of(str(folder)), cast(Any, load(folder))
+    evaluate(
+        model.to(device=device, dtype=dtype).eval(),
+        tokenizer,
+        tasks=[each for each in arguments.tasks.split(",") if each],
+        batch_size=int(size) if size.isdecimal() else size,
+        **{
+            name: getattr(arguments, name)
+            for name in ("text", "window", "stride", "stream", "quantize", "include_path", "limit", "fewshot")
+        },
+        max_length=arguments.max_length,
+        output=arguments.output,
+        name=arguments.model,
     )
 
 
@@ -170,6 +234,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from zoo import convert
     from zoo.convert.published import local_folder, operate
     from zoo.hf import hide_progress
+    from zoo.hf.lora import is_adapter
 
     hide_progress()
     if arguments.operation is None:
@@ -180,9 +245,15 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{arguments.operation} writes a zoo checkpoint; leave --family out, and convert the result if it fits"
         )
+    source = local_folder(arguments.source)
+    if arguments.operation == "merge":
+        if not is_adapter(source):
+            raise ValueError(f"{arguments.source} holds no adapter (no adapter_config.json); merge takes one")
+        operate(source, arguments.target, lambda model: model)  # loading it merges it
+        print(f"{arguments.target} holds the model")
+        return
     options: dict[str, Any] = {"upcycle": ("experts", "top_k", "every", "seed"), "moefy": ("experts", "top_k", "seed")}
     chosen = {name: getattr(arguments, name) for name in options.get(arguments.operation, ("kv_heads",))}
-    source = local_folder(arguments.source)
     if arguments.operation == "moefy" and arguments.text is not None:
         chosen["tokens"] = _windows(source, Path(arguments.text))
     operation = getattr(convert, arguments.operation.replace("-", "_"))

@@ -3,13 +3,14 @@
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
 import zoo.convert
 from zoo.hf import ZooForCausalLM
@@ -19,7 +20,9 @@ from zoo.hf import ZooForCausalLM
 def in_float64() -> Iterator[None]:
     """Inside, what transformers computes in float32 whatever the model's dtype (norms, rotary angles, softmax) is
     computed in float64. Build and run its float64 models inside."""
+    scan = RecurrentGemmaRglru._rnn_scan  # its default of float32 is bound already
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecurrentGemmaRglru, "_rnn_scan", lambda *a, **k: scan(*a, **k, acc_dtype=torch.float64))
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -27,10 +30,16 @@ def in_float64() -> Iterator[None]:
 
 
 def randomise(model: torch.nn.Module, size: float = 0.4) -> torch.nn.Module:
-    """Every weight random, so that no two tensors can be taken for one another, and large enough to matter."""
+    """Every weight random, so that no two tensors can be taken for one another, and large enough to matter. Biases that
+    help to choose experts are in float32 at least, as transformers keeps them when it loads a model."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=size)
+        for module in model.modules():
+            bias = getattr(module, "e_score_correction_bias", None)
+            if bias is not None:
+                wide = torch.promote_types(bias.dtype, torch.float32)
+                module.e_score_correction_bias = torch.nn.Buffer(torch.randn_like(bias, dtype=wide))
     return model.eval()
 
 
@@ -94,12 +103,24 @@ def equals_transformers(config: transformers.PreTrainedConfig, cached: bool = Tr
     assert torch.equal(ours.generate(tokens, **chosen), wanted)
 
 
-def there_and_back(config: transformers.PreTrainedConfig, folder: Path) -> None:
-    """A published checkpoint in bfloat16 to a zoo one and back, by objects and by files: equal files."""
+def respell(folder: Path, spelling: Callable[[str], str]) -> None:
+    """Rename the tensors of a checkpoint."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({spelling(name): each for name, each in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def there_and_back(
+    config: transformers.PreTrainedConfig, folder: Path, spelling: Callable[[str], str] | None = None
+) -> None:
+    """A published checkpoint in bfloat16 to a zoo one and back, by objects and by files: equal files. `spelling` gives
+    the published names where transformers saves by others."""
     theirs = model_of(config, torch.bfloat16)
     theirs.generation_config.temperature = 0.5
     theirs.generation_config.do_sample = True
     theirs.save_pretrained(folder / "published")
+    if spelling is not None:
+        respell(folder / "published", spelling)
     model = zoo.convert.load(folder / "published")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == config.eos_token_id
@@ -110,6 +131,7 @@ def there_and_back(config: transformers.PreTrainedConfig, folder: Path) -> None:
     for way in ("saved", "converted"):
         original, back = (load_file(folder / each / "model.safetensors") for each in ("published", way))
         assert original.keys() == back.keys()
+        assert all(original[name].dtype == back[name].dtype for name in original)
         assert all(torch.equal(original[name], back[name]) for name in original)
         for name in ("config.json", "generation_config.json"):
             said, again = (json.loads((folder / each / name).read_text()) for each in ("published", way))

@@ -28,7 +28,7 @@ SIZES = {
     "eos_token_id": 5,
 }
 ROPE = {"rope_theta": 70.0, "factor": 4.0, "original_max_position_embeddings": 16}
-CASES = {
+OPTIONS = {
     "llama 2": {"num_key_value_heads": 4},
     "tied, biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "multi-query, gelu": {"num_key_value_heads": 1, "hidden_act": "gelu", "rms_norm_eps": 0.01, "head_dim": 10},
@@ -41,7 +41,12 @@ CASES = {
     "yarn": {"head_dim": 12, "rope_parameters": ROPE | {"rope_type": "yarn", "beta_fast": 20.0, "truncate": False}},
     "old file": {"head_dim": 4, "rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
 }
-cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+CASES = {name: ("Llama", options) for name, options in OPTIONS.items()}
+cases = pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
+
+
+def config_of(name, options, **more):
+    return getattr(transformers, f"{name}Config")(**SIZES | options, **more)
 
 
 def batch() -> torch.Tensor:
@@ -49,14 +54,13 @@ def batch() -> torch.Tensor:
 
 
 @cases
-def test_logits_and_generation_equal_transformers(options):
-    equals_transformers(transformers.LlamaConfig(**SIZES | options, attn_implementation="eager"))
+def test_logits_and_generation_equal_transformers(name, options):
+    equals_transformers(config_of(name, options, attn_implementation="eager"))
 
 
 @cases
-def test_there_and_back_is_bitwise_the_same(options, tmp_path):
-    config = transformers.LlamaConfig(**SIZES | options, initializer_range=0.1, bos_token_id=3)
-    there_and_back(config, tmp_path)
+def test_there_and_back_is_bitwise_the_same(name, options, tmp_path):
+    there_and_back(config_of(name, options, initializer_range=0.1, bos_token_id=3), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b"])

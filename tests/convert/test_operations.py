@@ -78,6 +78,29 @@ def test_upcycled_model_trains_and_its_experts_grow_apart():
         assert residual.block.router.weight.grad.any()
 
 
+def test_blocks_side_by_side_and_weighed_residuals():
+    """Operations reach the blocks inside parallel ones, and leave what stands around them."""
+    attends = {"kind": "gqa", "heads": 4, "kv_heads": 4, "position": TURNED}
+    weighed = FFNS["relu"] | {"residual": {"skip": 0.5, "scale": 2.0}}
+    stack = [{"kind": "parallel", "blocks": [attends, FFNS["biases"]], "norm": "layer", "norm_eps": 0.1}, weighed]
+    parent, x = dense("swiglu", stack=stack), tokens()
+    for make in (upcycle, lambda model: moefy(model, experts=4), lambda model: moefy(model, 4, tokens=tokens(40))):
+        made = make(parent)
+        both, after = made.config.blocks()
+        assert [each["kind"] for each in both.options["blocks"]] == ["gqa", "moe"]
+        assert (after.kind, after.skip, after.scale) == ("moe", 0.5, 2.0)
+        torch.testing.assert_close(made(x).logits, parent(x).logits, rtol=0, atol=1e-11)
+        check(made, parent)
+    made = share_kv(parent, 2)
+    assert made.config.blocks()[0].options["blocks"] == [attends | {"kv_heads": 2}, FFNS["biases"]]
+    assert made.config.blocks()[1] == parent.config.blocks()[1]
+    check(made, parent)
+    with pytest.raises(ValueError, match=r"stack\[0\].blocks\[0\]: kv_heads=3 must divide the 4"):
+        share_kv(parent, 3)
+    with pytest.raises(ValueError, match=r"no block of kind gqa with more than 4 .*; its blocks are gqa, mlp"):
+        share_kv(parent, 4)
+
+
 def test_every_second_layer_and_the_seed():
     parent = dense("swiglu")
     made = upcycle(parent, experts=2, every=2)
@@ -188,14 +211,16 @@ def test_assignment_is_balanced_and_stable():
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_shared_heads_are_means(kv_heads):
     options = {"kind": "gqa", "heads": 4, "kv_heads": 4, "position": TURNED, "bias": True, "qk_norm": "rms"}
+    options |= {"gate": True}
     parent = dense("swiglu", stack=[options, "swiglu", options])
     made = share_kv(parent, kv_heads)
     assert [spec.options.get("kv_heads") for spec in made.config.blocks()] == [kv_heads, None, kv_heads]
     for old, new in ((parent.residuals[i].block, made.residuals[i].block) for i in (0, 2)):
         assert torch.equal(old.qkv.weight[:12], new.qkv.weight[:12])
         for name in ("weight", "bias"):
-            theirs = getattr(old.qkv, name)[12:].reshape(2, 4, 3, -1)  # keys and values, heads, features
-            ours = getattr(new.qkv, name)[12:].reshape(2, kv_heads, 3, -1)
+            assert torch.equal(getattr(old.qkv, name)[-12:], getattr(new.qkv, name)[-12:])  # the gate
+            theirs = getattr(old.qkv, name)[12:-12].reshape(2, 4, 3, -1)  # keys and values, heads, features
+            ours = getattr(new.qkv, name)[12:-12].reshape(2, kv_heads, 3, -1)
             for g in range(kv_heads):
                 members = range(g * 4 // kv_heads, (g + 1) * 4 // kv_heads)
                 wanted = sum(theirs[:, h] for h in members) / len(members)

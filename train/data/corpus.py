@@ -103,7 +103,8 @@ def build(source: Source, tokenizer: Tokenizer, validation_share: float, cache: 
     """Encode `source` into two corpora, `training` and `validation` (absent when the share is 0), unless they are
     there. Returns their folder. It appears whole by a rename, so a killed build or two at once leave no half of one.
     """
-    key = json.dumps([LAYOUT, source.name, source.fingerprint, tokenizer.name, tokenizer.vocab_size, validation_share])
+    made_by = [tokenizer.identity, tokenizer.vocab_size]
+    key = json.dumps([LAYOUT, source.name, source.fingerprint, *made_by, validation_share])
     folder = cache / f"{Path(source.name).name[:40]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder

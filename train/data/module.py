@@ -28,7 +28,8 @@ class TextData(lightning.LightningDataModule):
             "dataset:NAME" for a `datasets` dataset from the hub or a folder.
         validation: another source to validate on; null holds out `validation_share` of the documents.
         validation_share: share of the documents held out, chosen by a hash of their names.
-        tokenizer: "bytes", or a Hugging Face tokenizer's folder or hub id.
+        tokenizer: "bytes", or a Hugging Face tokenizer's folder or hub id; null: the saved model's own, bytes for a new
+            model.
         length: tokens a window (the model reads `length` tokens and predicts as many).
         batch_size: windows a step in each process.
         documents: "pack": documents in one window do not see each other (`segments`); "stream": one long text.
@@ -52,7 +53,7 @@ class TextData(lightning.LightningDataModule):
         *,
         validation: str | None = None,
         validation_share: float = 0.05,
-        tokenizer: str = "bytes",
+        tokenizer: str | None = None,
         length: int = 512,
         batch_size: int = 8,
         documents: Literal["pack", "stream"] = "pack",
@@ -150,7 +151,7 @@ class TextData(lightning.LightningDataModule):
     @property
     def tokenizer(self) -> Any:
         if not hasattr(self, "_tokenizer"):
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
+            self._tokenizer = load_tokenizer(self.tokenizer_name or "bytes")
         return self._tokenizer
 
     def setup(self, stage: str) -> None:

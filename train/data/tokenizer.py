@@ -1,5 +1,6 @@
 """Text to token ids, and how many bytes of text each token stands for (bits per byte needs them)."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,10 @@ class Tokenizer(Protocol):
     """What the data side asks of a tokenizer."""
 
     @property
-    def name(self) -> str: ...  # names the tokenizer in the cache's key and in the run's record
+    def name(self) -> str: ...  # names the tokenizer in the run's record
+
+    @property
+    def identity(self) -> str: ...  # in the cache's key: another one for another tokenizer, under the same name too
 
     @property
     def vocab_size(self) -> int: ...
@@ -41,7 +45,7 @@ class Bytes:
     """The 256 bytes as tokens. Byte 0 closes a document: files with it are binary and refused before.
     Masked models have one token more, which hides a byte."""
 
-    name = "bytes"
+    name = identity = "bytes"
     vocab_size = 256
     end = 0
     mask = 256
@@ -71,6 +75,8 @@ class HuggingFace:
                 "saved Hugging Face tokenizer, or a hub id this machine can reach"
             ) from error
         self.name = name
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        self.identity = name if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
         self.vocab_size = len(self.tokenizer)
         self.end = self.tokenizer.eos_token_id
         self.mask = self.tokenizer.mask_token_id
@@ -100,6 +106,21 @@ class HuggingFace:
             return np.asarray([[piece.startswith("##") for piece in pieces], [True] * len(pieces)])
         found = [_joins(piece, self.tokenizer.decode([index])) for index, piece in enumerate(pieces)]
         return np.asarray(found).T
+
+
+def own_tokenizer(model: str) -> str:
+    """What `load_tokenizer` takes for a saved model's own tokenizer. Raises ValueError where none is beside it."""
+    from zoo.hf import byte_tokenizer
+    from zoo.hf import load_tokenizer as load
+
+    try:
+        vocabulary = load(model).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"beside the model {model!r} lies no tokenizer that can be read ({str(error).splitlines()[0]}); set "
+            "data.tokenizer to 'bytes', the folder of a saved Hugging Face tokenizer, or a hub id"
+        ) from error
+    return "bytes" if any(vocabulary == byte_tokenizer(mask).get_vocab() for mask in (False, True)) else model
 
 
 def _joins(piece: str, text: str) -> tuple[bool, bool]:

@@ -27,20 +27,23 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # stored by transformers before 4.32
 
 
-def attention(config: Any, **options: Any) -> dict[str, Any]:
-    """The gqa block of a configuration. Raises ValueError for what has no counterpart."""
-    if config.attention_dropout:
-        raise ValueError(
-            f"attention_dropout={config.attention_dropout} has no counterpart; set it to 0 (logits do not depend on it)"
-        )
+def attention(config: Any, partial: bool = False, **options: Any) -> dict[str, Any]:
+    """The gqa block of a configuration. Raises ValueError for what has no counterpart. `partial`: see `to_position`."""
+    refuse_dropout(config)
     return {
         "kind": "gqa",
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "position": to_position(config.rope_parameters or {}),
+        "position": to_position(config.rope_parameters or {}, partial),
         **options,
     }
+
+
+def refuse_dropout(config: Any) -> None:
+    """Raise ValueError for dropout of attention weights."""
+    if dropout := getattr(config, "attention_dropout", 0):
+        raise ValueError(f"attention_dropout={dropout} has no counterpart; set it to 0 (logits do not depend on it)")
 
 
 def gated_unit(config: Any, bias: bool = False) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def gated_unit(config: Any, bias: bool = False) -> dict[str, Any]:
     return unit | {"hidden": config.intermediate_size, "bias": bias}
 
 
-def decoder(config: PreTrainedConfig, stack: Sequence[Any]) -> ModelConfig:
+def decoder(config: PreTrainedConfig, stack: Sequence[Any], **more: Any) -> ModelConfig:
     """The model of this stack with a configuration's other sizes."""
     said: Any = config
     return ModelConfig(
@@ -61,17 +64,20 @@ def decoder(config: PreTrainedConfig, stack: Sequence[Any]) -> ModelConfig:
         norm_eps=said.rms_norm_eps,
         tied_embeddings=said.tie_word_embeddings,
         init_std=said.initializer_range,
+        **more,
     )
 
 
-def layers(config: ModelConfig, feeds: Sequence[str] = ("swiglu", "geglu")) -> list[tuple[BlockSpec, BlockSpec]]:
-    """A stack's pairs of attention and feed-forward block. Raises ValueError that names the block that does not fit."""
-    specs, known = config.blocks(), " or ".join(feeds)
+def layers(
+    config: ModelConfig, feeds: Sequence[str] = ("swiglu", "geglu"), mixers: Sequence[str] = ("gqa",)
+) -> list[tuple[BlockSpec, BlockSpec]]:
+    """A stack's pairs of mixer and feed-forward block. Raises ValueError that names the block that does not fit."""
+    specs, mix, feed = config.blocks(), " or ".join(mixers), " or ".join(feeds)
     for index, spec in enumerate(specs):
-        if spec.kind not in (("gqa",) if index % 2 == 0 else feeds):
-            raise ValueError(f"{spec.where} is of kind {spec.kind}; its blocks are gqa, then {known}, in turn")
+        if spec.kind not in (mixers if index % 2 == 0 else feeds):
+            raise ValueError(f"{spec.where} is of kind {spec.kind}; its blocks are {mix}, then {feed}, in turn")
     if len(specs) % 2:
-        raise ValueError(f"the stack has {len(specs)} blocks; its blocks are pairs of gqa and {known}")
+        raise ValueError(f"the stack has {len(specs)} blocks; its blocks are pairs of {mix} and {feed}")
     return list(zip(specs[::2], specs[1::2], strict=True))
 
 
@@ -81,22 +87,33 @@ def on_meta(spec: BlockSpec, width: int) -> Any:
         return block(spec.kind, width, **spec.options)
 
 
+def eps(config: ModelConfig) -> float:
+    """What is added under the root of a model's RMSNorms."""
+    return RMSNorm(config.width).eps if config.norm_eps is None else config.norm_eps
+
+
 def fields(config: ModelConfig, pairs: Sequence[tuple[BlockSpec, BlockSpec]]) -> tuple[dict[str, Any], GQA]:
     """The fields that every such configuration has, and the first attention block, on which they are read."""
     first = on_meta(pairs[0][0], config.width)
-    common = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": len(pairs),
+    common = outer_fields(config, len(pairs)) | {
         "num_attention_heads": first.heads,
         "num_key_value_heads": first.kv_heads,
-        "rms_norm_eps": RMSNorm(config.width).eps if config.norm_eps is None else config.norm_eps,
         "rope_parameters": from_position(pairs[0][0].options.get("position", ROTARY)),
         "attention_dropout": 0.0,
+    }
+    return common, first
+
+
+def outer_fields(config: ModelConfig, layers: int) -> dict[str, Any]:
+    """The fields that say nothing of attention."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": layers,
+        "rms_norm_eps": eps(config),
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.init_std,
     }
-    return common, first
 
 
 def unit_fields(spec: BlockSpec, width: int) -> dict[str, Any]:
@@ -144,6 +161,7 @@ class Mixture(NamedTuple):
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    shared: str = "shared_expert"
 
 
 def mixture(config: Any, hidden: int, renormalise: bool) -> dict[str, Any]:
@@ -174,11 +192,17 @@ def mixture_fields(spec: BlockSpec, width: int) -> tuple[dict[str, Any], MoE]:
     return found, made
 
 
-def _experts(ours: str, theirs: str, layer: MoE, called: Mixture) -> list[Entry]:
-    """Ours stack all experts, input by output; theirs are matrices of one expert each, output by input."""
+def mixture_names(
+    ours: str,
+    theirs: str,
+    layer: MoE,
+    called: Mixture = Mixture(),  # noqa: B008 (frozen)
+) -> list[Entry]:
+    """A router, its experts (ours stack them all, input by output; theirs are matrices of one expert each, output by
+    input) and the shared ones."""
     count = layer.router.experts
-    pairs = [f"{theirs}.{index}.{part}.weight" for index in range(count) for part in (called.gate, called.up)]
-    downs = [f"{theirs}.{index}.{called.down}.weight" for index in range(count)]
+    pairs = [f"{theirs}.experts.{index}.{part}.weight" for index in range(count) for part in (called.gate, called.up)]
+    downs = [f"{theirs}.experts.{index}.{called.down}.weight" for index in range(count)]
 
     def join_up(parts: Sequence[Tensor]) -> Tensor:
         both = zip(parts[::2], parts[1::2], strict=True)
@@ -187,50 +211,75 @@ def _experts(ours: str, theirs: str, layer: MoE, called: Mixture) -> list[Entry]
     def split_up(whole: Tensor) -> list[Tensor]:
         return [half.mT for expert in whole.unbind(0) for half in expert.chunk(2, 1)]
 
-    return [
-        Entry(f"{ours}.up", tuple(pairs), join_up, split_up),
+    found = [
+        same(f"{ours}.router.weight", f"{theirs}.gate.weight"),
+        Entry(f"{ours}.experts.up", tuple(pairs), join_up, split_up),
         Entry(
-            f"{ours}.down",
+            f"{ours}.experts.down",
             tuple(downs),
             lambda parts: torch.stack([part.mT for part in parts]),
             lambda whole: [each.mT for each in whole.unbind(0)],
         ),
     ]
+    if layer.shared is not None:
+        found += unit_names(f"{ours}.shared", f"{theirs}.{called.shared}", layer.shared)
+    if layer.shared_gate is not None:
+        found.append(same(f"{ours}.shared_gate.weight", f"{theirs}.{called.shared}_gate.weight"))
+    return found
+
+
+def projections(
+    ours: str, theirs: str, layer: Any, maps: Sequence[tuple[str, Sequence[str], Sequence[int]]]
+) -> list[Entry]:
+    """Weights and, where there are, biases of projections that hold theirs below one another: for each ours, theirs and
+    the rows of each."""
+    found = []
+    for mine, parts, rows in maps:
+        for kind in ("weight",) if getattr(layer, mine).bias is None else ("weight", "bias"):
+            found.append(stacked(f"{ours}.{mine}.{kind}", [f"{theirs}.{part}.{kind}" for part in parts], rows))
+    return found
+
+
+def attention_names(
+    ours: str, theirs: str, layer: GQA, out: str = "o_proj", norms: Sequence[str] = ("q_norm", "k_norm")
+) -> list[Entry]:
+    """An attention block whose projections of queries, keys and values are three."""
+    rows = [heads * layer.head_dim for heads in layer.parts]
+    maps = [("qkv", ("q_proj", "k_proj", "v_proj"), rows), ("out", (out,), [layer.width])]
+    found = projections(ours, theirs, layer, maps)
+    if layer.q_norm is not None:
+        pairs = zip(("q_norm", "k_norm"), norms, strict=True)
+        found += [same(f"{ours}.{mine}.weight", f"{theirs}.{each}.weight") for mine, each in pairs]
+    return found
+
+
+def unit_names(
+    ours: str, theirs: str, layer: Any, called: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Entry]:
+    """A gated unit."""
+    assert isinstance(layer, GatedUnit)
+    maps = [("up", called[:2], [layer.hidden] * 2), ("down", called[2:], [layer.width])]
+    return projections(ours, theirs, layer, maps)
+
+
+def outer_names(model: LanguageModel, norm: str = "model.norm.weight") -> list[Entry]:
+    """Embedding, last norm and an untied head."""
+    found = [same("embedding.weight", EMBEDDING), same("norm.weight", norm)]
+    return found if model.config.tied_embeddings else [*found, same("head.weight", HEAD)]
 
 
 def names(model: LanguageModel, called: Mixture = Mixture()) -> list[Entry]:  # noqa: B008 (frozen)
     """The table of names."""
-    found = [same("embedding.weight", EMBEDDING), same("norm.weight", "model.norm.weight")]
-    if not model.config.tied_embeddings:
-        found.append(same("head.weight", HEAD))
+    found = outer_names(model)
     for index, residual in enumerate(model.residuals):
         ours, theirs = f"blocks.{index}", f"model.layers.{index // 2}"
-        layer = residual.block
+        layer, norm = residual.block, "post_attention_layernorm"
         if isinstance(layer, GQA):
-            norm, inner = "input_layernorm", "self_attn"
-            rows = [heads * layer.head_dim for heads in (layer.heads, layer.kv_heads, layer.kv_heads)]
-            maps = [("qkv", ("q_proj", "k_proj", "v_proj"), rows), ("out", ("o_proj",), [model.config.width])]
-            if layer.q_norm is not None:
-                found += [
-                    same(f"{ours}.block.{each}.weight", f"{theirs}.self_attn.{each}.weight")
-                    for each in ("q_norm", "k_norm")
-                ]
+            norm = "input_layernorm"
+            found += attention_names(f"{ours}.block", f"{theirs}.self_attn", layer)
         elif isinstance(layer, MoE):
-            norm, inner, maps = "post_attention_layernorm", called.inside, []
-            found.append(same(f"{ours}.block.router.weight", f"{theirs}.{inner}.gate.weight"))
-            found += _experts(f"{ours}.block.experts", f"{theirs}.{inner}.experts", layer, called)
+            found += mixture_names(f"{ours}.block", f"{theirs}.{called.inside}", layer, called)
         else:
-            assert isinstance(layer, GatedUnit)
-            norm, inner = "post_attention_layernorm", "mlp"
-            maps = [
-                ("up", ("gate_proj", "up_proj"), [layer.hidden] * 2),
-                ("down", ("down_proj",), [model.config.width]),
-            ]
+            found += unit_names(f"{ours}.block", f"{theirs}.mlp", layer)
         found.append(same(f"{ours}.norm.weight", f"{theirs}.{norm}.weight"))
-        for mine, parts, rows in maps:
-            kinds = ("weight",) if getattr(layer, mine).bias is None else ("weight", "bias")
-            for kind in kinds:
-                found.append(
-                    stacked(f"{ours}.block.{mine}.{kind}", [f"{theirs}.{inner}.{part}.{kind}" for part in parts], rows)
-                )
     return found

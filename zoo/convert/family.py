@@ -35,6 +35,11 @@ def stacked(ours: str, theirs: Sequence[str], rows: Sequence[int]) -> Entry:
     return Entry(ours, tuple(theirs), lambda parts: torch.cat(list(parts)), lambda whole: whole.split(list(rows)))
 
 
+def taps(ours: str, theirs: str) -> Entry:
+    """A depthwise convolution's taps [channels, taps]; theirs have an axis of one input channel between them."""
+    return Entry(ours, (theirs,), lambda parts: parts[0].squeeze(1), lambda whole: [whole.unsqueeze(1)])
+
+
 class Family(NamedTuple):
     """A published format.
 
@@ -44,6 +49,11 @@ class Family(NamedTuple):
       `published_config` does, by reading them back.
     - `names(model)` lists every tensor of a model (one on the meta device) but a tied head.
     - `derived`: patterns of published tensors' names that hold nothing but what the configuration says.
+    - `beside`: patterns of names of tensors that published files hold and the model does not compute with (heads for
+      speculative decoding). They are left out with a warning that names them.
+    - `spelling(name)`: the published name of a tensor which some files name otherwise.
+    - `own_dtype`: patterns of our tensors' names that keep their dtype where files hold them in another one than the
+      rest. (A router's bias is in float32 in every model.)
     """
 
     config_class: type[PreTrainedConfig]
@@ -54,7 +64,10 @@ class Family(NamedTuple):
     embedding: str
     head: str
     derived: tuple[str, ...] = ()
-    more: tuple[str, ...] = ()  # options that `read` reads though the class does not declare them
+    beside: tuple[str, ...] = ()
+    spelling: Callable[[str], str] = str
+    own_dtype: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()  # what files hold though the class does not declare it, and `read` reads or knows
 
     @property
     def model_type(self) -> str:
@@ -95,18 +108,29 @@ def spelled_out(config: ModelConfig) -> dict[str, Any]:
     if said["norm_eps"] is None:
         said["norm_eps"] = vars(norm(config.norm, config.width))["eps"]
     for index, (spec, residual) in enumerate(zip(config.blocks(), model.residuals, strict=True)):
-        said[f"blocks[{index}].kind"] = spec.kind
+        said |= _block(f"blocks[{index}]", spec.kind, spec.options, residual.block)
         said[f"blocks[{index}].residual"] = {"skip": spec.skip, "scale": spec.scale}
-        for option, parameter in options(spec.kind).items():
-            value = spec.options.get(option, parameter.default)
-            built = getattr(residual.block, option, None)
-            if option == "hidden" and spec.kind == "moe":
-                built = residual.block.experts.hidden  # type: ignore[union-attr]
-            if value is None and isinstance(built, int | float):  # a size that the block chose
-                value = built
-            if spec.kind == "moe" and option in ("router", "expert"):
-                value = _part(value, residual.block.router if option == "router" else residual.block.experts)
-            said[f"blocks[{index}].{option}"] = _position(value) if option == "position" else value
+    return said
+
+
+def _block(where: str, kind: str, given: Mapping[str, Any], block: Any) -> dict[str, Any]:
+    """What a block's options say, and those of the blocks inside it."""
+    said: dict[str, Any] = {f"{where}.kind": kind}
+    for option, parameter in options(kind).items():
+        value = given.get(option, parameter.default)
+        if kind == "parallel" and option == "blocks":
+            for index, ((inner, chosen), part) in enumerate(zip(block.specs, block.parts, strict=True)):
+                said |= _block(f"{where}.blocks[{index}]", inner, chosen, part)
+            continue
+        built = getattr(block, option, None)
+        if option == "hidden" and kind == "moe":
+            built = block.experts.hidden
+        if value is None and isinstance(built, int | float):  # a size that the block chose
+            value = built
+        if kind == "moe" and option in ("router", "expert"):
+            value = _part(value, block.router if option == "router" else block.experts)
+        value = list(value) if isinstance(value, tuple) else value  # as a file gives it back
+        said[f"{where}.{option}"] = _position(value) if option == "position" else value
     return said
 
 
@@ -121,9 +145,11 @@ def _part(spec: Any, built: Any) -> Any:
 
 
 def _position(position: Any) -> Any:
-    """A rotary position with its defaults."""
-    if not isinstance(position, Mapping) or position.get("kind") != "rotary":
+    """A position with its defaults."""
+    if not isinstance(position, Mapping):
         return position
+    if position["kind"] == "alibi":
+        return {"multiplier": 1.0} | dict(position)
     known = inspect.signature(Rotary).parameters
     full = {name: each.default for name, each in known.items() if name != "head_dim"} | dict(position)
     if full["scaling"] is not None:

@@ -12,6 +12,7 @@ from zoo.config import BlockSpec
 from zoo.convert.surgery import Dense, dense, exchange, refuse_nothing_done
 from zoo.layers.checks import integer
 from zoo.layers.ffn import FeedForward
+from zoo.layers.parallel import single
 from zoo.model import LanguageModel
 from zoo.moe.experts import build_experts
 
@@ -140,9 +141,10 @@ def _inputs(model: LanguageModel, tokens: Int[Tensor, "batch time"]) -> dict[Blo
     """What each block of the model reads on these tokens."""
     found: dict[Block, Tensor] = {}
     hooks = [
-        each.block.register_forward_pre_hook(lambda block, given: found.update({block: given[0].flatten(0, 1)}))
-        for each in model.residuals
-        if isinstance(each.block, FeedForward)
+        block.register_forward_pre_hook(lambda block, given: found.update({block: given[0].flatten(0, 1)}))
+        for spec, each in zip(model.config.blocks(), model.residuals, strict=True)
+        for _, block in single(spec.kind, each.block)
+        if isinstance(block, FeedForward)
     ]
     training = model.training
     try:

@@ -5,7 +5,7 @@ import importlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.core_model_loading import revert_weight_conversion
 
 from zoo.config import ModelConfig
+from zoo.convert.adapter import merged
 from zoo.convert.family import Family, published_config
-from zoo.convert.tensors import Tensors, inward, outward, write
+from zoo.convert.tensors import Tensors, inward, matches, outward, write
 from zoo.hf import ZooConfig, ZooForCausalLM, model_class
 from zoo.hf.checkpoint import check_source, staged
+from zoo.hf.lora import is_adapter
 from zoo.layers.spelling import nearest
 from zoo.model import LanguageModel
 
@@ -44,6 +46,7 @@ TOKENIZER = (
     "merges.txt",
     "chat_template.jinja",
 )
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Of a configuration: what tells of the file, not of the model.
 ABOUT_FILE = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "auto_map")
 
@@ -60,11 +63,13 @@ def family(model_type: str) -> Family:
 
 
 def load(source: Any) -> ZooForCausalLM:
-    """A zoo model with the weights of `source`: a folder or hub id of a published or zoo checkpoint, or a transformers
-    model of a known family (whose tensors are then shared where they need no change).
+    """A zoo model with the weights of `source`: a folder or hub id of a published or zoo checkpoint, or of an adapter
+    (which is merged into what it was trained on), or a transformers model of a known family (whose tensors are then
+    shared where they need no change).
 
-    Weights keep their dtype. Raises ValueError that names what cannot be converted: a configuration's option, a tensor
-    that is missing, not expected or of the wrong shape, pickled weights.
+    Weights take the dtype of the embedding, but for those that a family lets keep their own. Raises ValueError that
+    names what cannot be converted: a configuration's option, a tensor that is missing, not expected or of the wrong
+    shape, pickled weights.
     """
     if isinstance(source, ZooForCausalLM):
         return source
@@ -77,6 +82,8 @@ def load(source: Any) -> ZooForCausalLM:
         generation, config = source.generation_config, source.config
     else:
         folder = local_folder(source)
+        if is_adapter(folder):
+            return merged(folder, load)
         config = _config(folder)
         if isinstance(config, ZooConfig):
             return model_class(config).from_pretrained(folder)
@@ -86,6 +93,10 @@ def load(source: Any) -> ZooForCausalLM:
     found = dict(inward(tensors, kind, _skeleton(ours.model_config)))
     dtype = next(iter(found.values())).dtype
     model = ZooForCausalLM.from_pretrained(None, config=ours, state_dict=found, dtype=dtype)
+    held = model.state_dict(keep_vars=True)
+    for name, tensor in found.items():  # from_pretrained made all of one dtype
+        if tensor.dtype != dtype and matches(name, kind.own_dtype):
+            held[name].data = tensor
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
     return cast(ZooForCausalLM, model.eval())
@@ -116,6 +127,8 @@ def convert(source: Any, target: Any, family_name: str | None = None) -> str:
     folder = local_folder(source)
     if Path(target).resolve() == folder.resolve():
         raise ValueError(f"{target} is where the checkpoint is; convert to another folder")
+    if is_adapter(folder):
+        raise ValueError(f"{source} holds an adapter; make a whole model of it first with zoo convert merge")
     config, tensors = _config(folder), Tensors.stored(folder)
     made: PreTrainedConfig
     if isinstance(config, ZooConfig):
@@ -163,9 +176,7 @@ def zoo_config(kind: Family, config: PreTrainedConfig) -> ZooConfig:
             f"transformers' {kind.config_class.__name__} has no {', '.join(unknown)}, so no effect is converted",
             stacklevel=3,
         )
-    tokens: dict[str, Any] = {
-        name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
+    tokens: dict[str, Any] = {name: getattr(config, name, None) for name in TOKENS}
     return ZooConfig(model=kind.read(config), published=original, architectures=["ZooForCausalLM"], **tokens)
 
 
@@ -182,6 +193,9 @@ def target_config(config: ZooConfig, family_name: str | None) -> tuple[Family, P
             reasons.append(str(error))
             continue
         found.architectures = [kind.architecture]
+        if original is None or original["model_type"] != name:  # the class' own defaults are another model's
+            for token in TOKENS:
+                setattr(found, token, getattr(config, token, None))
         return kind, found
     raise ValueError("; ".join(reasons))
 
@@ -202,13 +216,28 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _config(folder: Path) -> PreTrainedConfig:
-    said = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said = told.get("model_type")
+    if said is None:
+        raise ValueError(_nameless(folder, told))
     if said != ZooConfig.model_type:
         family(said)  # before transformers would ask for code of the checkpoint's own
     try:
         return AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise ValueError(f"{folder / 'config.json'} is no configuration of {said!r}: {error}") from error
+
+
+def _nameless(folder: Path, told: Mapping[str, Any]) -> str:
+    """What to say of a configuration that names no model_type."""
+    if "ssm_cfg" in told:
+        return (
+            f"{folder} holds a checkpoint of the library mamba_ssm, whose weights are pickled; take one in the format "
+            "of transformers (state-spaces/mamba-130m-hf in the place of state-spaces/mamba-130m), or make one with "
+            "convert_mamba_ssm_checkpoint_to_pytorch.py or convert_mamba2_ssm_checkpoint_to_pytorch.py of "
+            "transformers 4"
+        )
+    return f"{folder / 'config.json'} names no model_type; these can be converted: {', '.join(FAMILIES)}"
 
 
 def _generation(folder: Path) -> GenerationConfig | None:

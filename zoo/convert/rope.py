@@ -17,13 +17,17 @@ TYPES: dict[str, dict[str, str]] = {
 }
 
 
-def to_position(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The `position` option for these `rope_parameters`. Raises ValueError that names what cannot be converted."""
+def to_position(rope: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
+    """The `position` option for these `rope_parameters`. Raises ValueError that names what cannot be converted.
+
+    `partial`: the format turns the share `partial_rotary_factor` of each head; in others that must be all of it.
+    """
     given = {name: value for name, value in rope.items() if value is not None}
     kind, base = given.pop("rope_type", "default"), given.pop("rope_theta", 10000.0)
     given.pop("type", None)  # what older files call rope_type; transformers keeps both
-    if given.get("partial_rotary_factor") == 1:
-        given.pop("partial_rotary_factor")
+    fraction = 1.0
+    if partial or given.get("partial_rotary_factor") == 1:
+        fraction = given.pop("partial_rotary_factor", 1.0)
     if kind != "default" and kind not in TYPES:
         raise ValueError(
             f"rope_parameters: rope_type={kind!r} cannot be converted; default, {', '.join(TYPES)} can (others change "
@@ -34,6 +38,8 @@ def to_position(rope: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise ValueError(f"rope_parameters: {name}={given[name]!r} cannot be converted with rope_type={kind!r}")
     position: dict[str, Any] = {"kind": "rotary", "base": float(base)}
+    if fraction != 1:
+        position["fraction"] = float(fraction)
     if kind != "default":
         position["scaling"] = {"kind": kind} | {names[name]: value for name, value in given.items()}
     return position
@@ -43,6 +49,8 @@ def from_position(position: Mapping[str, Any] | None) -> dict[str, Any]:
     """The `rope_parameters` of a rotary `position`, as far as they can say it."""
     given = position or {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": given.get("base", 10000.0)}
+    if given.get("fraction", 1.0) != 1:
+        rope["partial_rotary_factor"] = given["fraction"]
     scaling = dict(given.get("scaling") or {})
     if scaling:
         rope["rope_type"] = scaling.pop("kind")

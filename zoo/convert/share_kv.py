@@ -47,12 +47,12 @@ def share_kv(model: LanguageModel, kv_heads: int = 1) -> LanguageModel:
 
 
 def _pooled(stacked: Tensor, block: GQA, kv_heads: int) -> Tensor:
-    """Rows of queries, keys and values, the latter two as means over neighbouring heads, in float32 at least."""
-    each = [heads * block.head_dim for heads in (block.heads, block.kv_heads, block.kv_heads)]
-    q, *both = stacked.split(each)
+    """Rows of queries, keys and values (and a gate's), keys and values as means over neighbouring heads, in float32 at
+    least."""
+    q, k, v, *gate = stacked.split([heads * block.head_dim for heads in block.parts])
     exact = torch.promote_types(stacked.dtype, torch.float32)
     pooled = [
         part.to(exact).unflatten(0, (kv_heads, -1, block.head_dim)).mean(1).flatten(0, 1).to(stacked.dtype)
-        for part in both
+        for part in (k, v)
     ]
-    return torch.cat([q, *pooled])
+    return torch.cat([q, *pooled, *gate])

@@ -2,7 +2,9 @@
 
 import fnmatch
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +51,32 @@ class Tensors:
             files = sorted(each.name for each in folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"the folder {folder} holds no safetensors files")
-        places: dict[str, Any] = {}
+        places: dict[str, str] = {}
+
+        @lru_cache(maxsize=1)  # what is read stays mapped while its file is open
+        def opened(file: str) -> Any:
+            return safe_open(folder / file, framework="pt")
+
         try:
             for each in files:
-                file = safe_open(folder / each, framework="pt")
-                for name in file.keys():  # noqa: SIM118, not a dict
+                for name in opened(each).keys():  # noqa: SIM118, not a dict
                     if name in places:
                         raise ValueError(f"{folder} holds {name} in two files; keep one of {', '.join(files)}")
-                    places[name] = file
+                    places[name] = each
         except SafetensorError as error:
             raise damaged(folder, error) from error
         if lost := sorted(set(listed) - set(places)):
             raise ValueError(f"{folder} lacks {_some(lost)}, which {INDEX} names; copy the checkpoint again")
-        return cls(str(folder), places, lambda name: places[name].get_tensor(name))
+        return cls(str(folder), places, lambda name: opened(places[name]).get_tensor(name))
+
+    def spelled(self, spelling: Callable[[str], str]) -> "Tensors":
+        """The same by other names. Raises ValueError where two tensors have one."""
+        places: dict[str, str] = {}
+        for name in sorted(self.names):
+            other = places.setdefault(spelling(name), name)
+            if other != name:
+                raise ValueError(f"{self.where} holds {other} and {name}, which are names of one tensor; keep one")
+        return Tensors(self.where, places, lambda name: self.read(places[name]))
 
 
 def inward(source: Tensors, family: Family, model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
@@ -70,6 +85,7 @@ def inward(source: Tensors, family: Family, model: LanguageModel) -> Iterator[tu
     Raises ValueError that names tensors which are missing, not expected, or of another shape than the model's.
     """
     entries, wanted = table(family, model)
+    source = source.spelled(family.spelling)
     theirs = {name for entry in entries for name in entry.theirs}
     tied = model.config.tied_embeddings and family.head in source.names
     if tied:
@@ -144,18 +160,30 @@ def write(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHAR
 
 
 def _check_names(source: Tensors, wanted: set[str], family: Family | None) -> None:
+    """Raise ValueError for names that are missing or not expected, warn of those that a family leaves out."""
     missing = sorted(wanted - source.names)
     if missing:
         raise ValueError(f"{source.where} lacks {_some(missing)}, which its configuration needs")
-    patterns = () if family is None else family.derived
-    extra = sorted(
-        name for name in source.names - wanted if not any(fnmatch.fnmatchcase(name, each) for each in patterns)
-    )
+    patterns, beside = ((), ()) if family is None else (family.derived, family.beside)
+    extra = sorted(name for name in source.names - wanted if not matches(name, patterns))
+    left_out = [name for name in extra if matches(name, beside)]
+    if left_out:
+        warnings.warn(
+            f"{source.where} holds {_some(left_out)}, which the model does not compute with; they are left out, here "
+            "and on the way back",
+            stacklevel=2,
+        )
+    extra = [name for name in extra if not matches(name, beside)]
     if extra:
         raise ValueError(
             f"{source.where} holds {_some(extra)}, which its configuration does not tell of; nothing is left out in "
             "silence: remove them, or correct config.json"
         )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns fits."""
+    return any(fnmatch.fnmatchcase(name, each) for each in patterns)
 
 
 def _some(names: list[str]) -> str:

@@ -76,17 +76,22 @@ def _lives(process: int) -> bool:
 
 
 def check_source(source: Any) -> None:
-    """Raise FileNotFoundError or ValueError where `source` is a path and no saved model's folder; a hub id passes."""
+    """Raise FileNotFoundError or ValueError where `source` is a path and no folder of a saved model or adapter; a hub
+    id passes."""
     path = Path(str(source))
     if path.is_file():
         raise ValueError(f"{source} is a file; give the folder that holds it beside config.json")
     if not path.is_dir():
         if str(source).startswith((".", "~")) or path.is_absolute() or len(path.parts) > 2:
             raise FileNotFoundError(f"there is no folder {source}; give a saved model's folder, or a hub id")
-    elif not (path / "config.json").exists():
+    elif not _holds_model(path):
         inner = path / "model"  # where a training run puts it
-        way = f"it is in {inner}" if (inner / "config.json").exists() else "give one that save_pretrained wrote"
+        way = f"it is in {inner}" if _holds_model(inner) else "give one that save_pretrained wrote"
         raise ValueError(f"the folder {source} holds no saved model (no config.json); {way}")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def refuse_pickle(source: Any, options: dict[str, Any]) -> None:

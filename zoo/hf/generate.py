@@ -1,6 +1,7 @@
 """`zoo generate`: load a checkpoint, stream a continuation, and tell what it cost."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers import TextStreamer, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from zoo.hf import ByteStreamer, ZooCache, ZooConfig, ZooForCausalLM, hide_progress, load_tokenizer
+from zoo.hf import ByteStreamer, ZooCache, hide_progress, load_tokenizer, model_class
 from zoo.hf.checkpoint import check_source
 from zoo.hf.tokenizer import is_byte_tokenizer
 
@@ -23,11 +24,17 @@ def generate(
     seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
+    text: str | None = None,
+    load: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """Print the prompt and its continuation as it is made, then tokens/s and the bytes of state held.
 
     Decodes with the recurrent state: a token costs the same however long the text is, where the blocks allow.
-    `temperature=0` is greedy. Returns {"text", "tokens", "seconds", "state_bytes"}; seconds of the new tokens alone.
+    `temperature=0` is greedy. `quantize` ("int8", "int4"): the weights are quantised first, and what that changes is
+    printed, measured on the file `text` or else on the prompt (see `zoo.hf.quantize`). `load` makes the model of its
+    name: None reads zoo checkpoints, `zoo.convert.load` published ones and adapters too. Returns {"text", "tokens",
+    "seconds", "state_bytes"}; seconds of the new tokens alone.
     Raises ValueError or OSError for an empty prompt, a bad setting, and where there is no such model.
     """
     if not prompt:
@@ -38,15 +45,26 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} is a share of the probability: above 0, at most 1 (all tokens)")
-    device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    chosen = {} if dtype is None else {"dtype": getattr(torch, dtype, None) or _no_dtype(dtype)}
-    check_source(model)
-    _refuse_masked(model)
-    tokenizer = _tokenizer(model)
+    if text is not None and quantize is None:
+        raise ValueError(f"text={text!r} is what a quantised model is compared on; give quantize, int8 or int4, too")
+    if quantize is not None:
+        from zoo.hf.quantize import require
+
+        require(quantize)
+    device, chosen = named_device(device), named_dtype(dtype)
     hide_progress()  # the text is all that belongs on the screen
-    loaded: Any = ZooForCausalLM.from_pretrained(model, **chosen)
-    loaded = loaded.to(device).eval()
+    loaded = (load or _saved)(model)
+    if not loaded.can_generate():
+        raise ValueError(
+            f"{model} is a masked model: it fills in hidden tokens and cannot continue a text; use "
+            f"transformers.pipeline('fill-mask', {model!r}) after import zoo.hf, or give a model trained with "
+            "objective: causal"
+        )
+    loaded = loaded.to(device=device, dtype=chosen).eval()
+    tokenizer = tokenizer_of(model)
     batch = tokenizer(prompt, return_tensors="pt").to(device)
+    if quantize is not None:
+        _quantize(loaded, quantize, batch["input_ids"][0] if text is None else _begin(text, tokenizer))
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     streamer = _Stopwatch(ByteStreamer() if is_byte_tokenizer(tokenizer) else TextStreamer(tokenizer))
@@ -71,17 +89,32 @@ def generate(
     }
 
 
-def _refuse_masked(model: str) -> None:
-    described = ZooConfig.get_config_dict(model)[0].get("model") or {}
-    if described.get("objective") == "masked":
-        raise ValueError(
-            f"{model} is a masked model: it fills in hidden tokens and cannot continue a text; use "
-            f"transformers.pipeline('fill-mask', {model!r}) after import zoo.hf, or give a model trained with "
-            "objective: causal"
-        )
+def _saved(model: str) -> Any:
+    check_source(model)
+    return model_class(model).from_pretrained(model)
 
 
-def _device(name: str) -> str:
+def _quantize(model: Any, mode: str, ids: torch.Tensor) -> None:
+    """Quantise a model and tell what that saves and changes."""
+    from zoo.hf.quantize import quantize_and_compare
+
+    done, quality = quantize_and_compare(model, mode, ids)
+    print(f"[{done.told()}]")
+    told = "one token tells nothing of quality: give --text FILE" if quality is None else quality.told()
+    print(f"[{told}]", flush=True)
+
+
+def _begin(text: str, tokenizer: Any) -> torch.Tensor:
+    """As much of a text file's tokens as quality is measured on."""
+    from zoo.hf.perplexity import read_text
+    from zoo.hf.quantize import COMPARED
+
+    return torch.from_numpy(read_text(text, tokenizer).ids[: COMPARED + 1].astype("int64"))
+
+
+def named_device(name: str | None) -> str:
+    """A device by name; None is the GPU where there is one. Raises ValueError for one that cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without CUDA
@@ -90,7 +123,16 @@ def _device(name: str) -> str:
     return name
 
 
-def _tokenizer(model: str) -> Any:
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """A floating point dtype by name, None for None. Raises ValueError for another name."""
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype={name!r} is unknown; use float32, bfloat16, float16 or float64")
+    return found
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a checkpoint. Raises ValueError that tells how to save one where there is none."""
     try:
         return load_tokenizer(model)
     except (OSError, ValueError) as error:
@@ -100,10 +142,6 @@ def _tokenizer(model: str) -> Any:
             f"{model} holds no tokenizer that can be read ({str(error).splitlines()[0]}); save the model's own beside "
             f"it: tokenizer.save_pretrained({model!r}), for bytes zoo.hf.save_byte_tokenizer({model!r})"
         ) from error
-
-
-def _no_dtype(name: str) -> None:
-    raise ValueError(f"dtype={name!r} is unknown; use float32, bfloat16, float16 or float64")
 
 
 class _Stopwatch(BaseStreamer):

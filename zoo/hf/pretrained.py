@@ -48,6 +48,8 @@ class ZooPreTrainedModel(PreTrainedModel):
     objective = ""
     _no_split_modules = ["Residual"]  # noqa: RUF012, transformers' own forms
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Of a loss-free router: bfloat16 would round its small moves away.
+    _keep_in_fp32_modules_strict = ["router.bias"]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
 
     def __init__(self, config: ZooConfig):
