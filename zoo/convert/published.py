@@ -34,6 +34,17 @@ FAMILIES: dict[str, str] = {
     "mixtral": "zoo.convert.mixtral:FAMILY",
     "olmoe": "zoo.convert.olmoe:FAMILY",
     "qwen3_moe": "zoo.convert.qwen3_moe:FAMILY",
+    "deepseek_v2": "zoo.convert.deepseek_v2:FAMILY",
+    "deepseek_v3": "zoo.convert.deepseek_v3:FAMILY",
+    "kimi_linear": "zoo.convert.kimi_linear:FAMILY",
+    "recurrent_gemma": "zoo.convert.recurrent_gemma:FAMILY",
+    "qwen3_next": "zoo.convert.qwen3_next:FAMILY",
+    "lfm2": "zoo.convert.lfm2:FAMILY",
+    "gpt_bigcode": "zoo.convert.gpt_bigcode:FAMILY",
+    "falcon": "zoo.convert.falcon:FAMILY",
+    "mamba": "zoo.convert.mamba:FAMILY",
+    "falcon_mamba": "zoo.convert.falcon_mamba:FAMILY",
+    "mamba2": "zoo.convert.mamba2:FAMILY",
 }
 # What a tokenizer is stored in: copied beside a converted checkpoint.
 TOKENIZER = (
