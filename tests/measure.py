@@ -80,12 +80,14 @@ def place(x: Tensor, where: str, garbage: float = float("nan")) -> tuple[Tensor,
 
 @contextlib.contextmanager
 def implementations_met() -> Iterator[set[str]]:
-    """The names of all implementations of the ops that are called inside."""
+    """The names of all implementations of the ops that are called inside; but of `linear`, of which every block is made
+    and which has its own tests."""
     met: set[str] = set()
     plan = Op.plan
 
     def noted(self: Op, *arguments: Any) -> Any:
-        met.update(self.names)
+        if self.name != "linear":
+            met.update(self.names)
         return plan(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.block import Block, Out, State, hand_back
 from zoo.config import BlockSpec, ModelConfig, load_config
 from zoo.layers.checks import number
+from zoo.layers.linear import Linear
 from zoo.layers.norm import norm
 from zoo.registry import block, options
 
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(self._residual(spec, index, len(specs)) for index, spec in enumerate(specs))
         # With norms after each block the stream is normed already.
         self.norm = norm(config.norm, config.width, config.norm_eps) if config.norm_position == "pre" else nn.Identity()
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head: nn.Linear = Linear(config.width, config.vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight

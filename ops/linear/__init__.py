@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ops.dispatch import Implementation, Op, refuse_native
 from ops.precision import autocasting
@@ -59,13 +60,13 @@ def _reference(**arguments: Any) -> Tensor:
 def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
     """Checked before anything else of a call, so the commonest reasons stand first."""
     x, weight, bias = arguments["x"], arguments["weight"], arguments["bias"]
+    if torch.compiler.is_compiling():
+        return "is not for compiled graphs, which have their own kernels"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "has no gradient; call it under torch.no_grad()"
     few = 2 if x.dtype == torch.bfloat16 else FEW  # which takes longer to widen than to read
     if x.numel() > few * x.shape[-1]:
         return f"is for up to {few} rows of {x.dtype}, got {x.numel() // max(x.shape[-1], 1)}"
-    if torch.compiler.is_compiling():
-        return "is not for compiled graphs, which have their own kernels"
     if type(x) is not Tensor or type(weight) not in (Tensor, torch.nn.Parameter):
         return f"takes plain tensors, got {type(x).__name__} and {type(weight).__name__}"
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
@@ -78,6 +79,8 @@ def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
         return "needs a contiguous weight, and something to multiply"
     if autocasting(x.device):
         return "does not follow autocast"
+    if _get_current_dispatch_mode() is not None:
+        return "would be hidden from the dispatch mode that watches or replaces operations here"
     return refuse_native(arguments, forced)
 
 

@@ -1,4 +1,4 @@
-"""The sum as it is written."""
+"""The product as it is written."""
 
 import torch
 from jaxtyping import Float
@@ -9,5 +9,5 @@ def linear(
     x: Float[Tensor, "*rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
 ) -> Float[Tensor, "*rows outputs"]:
     """y_o = Σ_i W_oi x_i + b_o."""
-    y = torch.stack([(x * row).sum(-1) for row in weight], -1)
+    y = torch.einsum("...i, oi -> ...o", x, weight)
     return y if bias is None else y + bias

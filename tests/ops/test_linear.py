@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 
@@ -85,6 +86,9 @@ def test_small_products_gradients_and_autocast_are_left_to_torch():
         with torch.autocast("cpu", torch.bfloat16):
             assert "autocast" in ops.explain(ops.linear, x, weight).refused["native"]
             assert ops.linear(x, weight).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as count:
+            ops.linear(x, weight)
+        assert count.get_total_flops() == 2 * SIZE**2
     assert "has no gradient" in ops.explain(ops.linear, x, weight).refused["native"]
     ops.linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.expand(SIZE, SIZE))

@@ -23,6 +23,7 @@ from zoo.attention.kv_state import (
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.linear import Linear
 from zoo.layers.norm import NORMS, norm
 from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import ALiBi, Rotary
@@ -110,8 +111,8 @@ class GQA(Block):
         self.causal = causal  # pyright: ignore[reportAttributeAccessIssue]  # this class has both forms
         self.position = make_position(position, self.heads, self.head_dim)
         self.parts = [self.heads, self.kv_heads, self.kv_heads] + [self.heads] * gate  # heads in qkv: q, k, v, gate
-        self.qkv = nn.Linear(width, sum(self.parts) * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, width, bias=out_bias)
+        self.qkv = Linear(width, sum(self.parts) * self.head_dim, bias=bias)
+        self.out = Linear(self.heads * self.head_dim, width, bias=out_bias)
         for linear, has in ((self.qkv, bias), (self.out, out_bias)):
             if has:
                 tag(linear, "bias", weight_decay=False)

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, einsum, nn
+from torch import Tensor, einsum
 
 from ops import linear_attention
 from ops import segments as seg
 from zoo.attention.features import wide
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.linear import Linear
 from zoo.layers.places import go_on, locate
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
@@ -99,8 +100,8 @@ class KernelAttention(Block):
                 "use rotary, or None with positions in the embedding"
             )
         self.position = made
-        self.qkv = nn.Linear(width, 3 * self.heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.qkv = Linear(width, 3 * self.heads * self.head_dim, bias=bias)
+        self.out = Linear(self.heads * self.head_dim, width, bias=bias)
         for linear in (self.qkv, self.out) if bias else ():
             tag(linear, "bias", weight_decay=False)
 

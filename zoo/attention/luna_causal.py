@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ops import linear_attention
 from zoo.block import tag
+from zoo.layers.linear import Linear
 
 
 class LunaState(NamedTuple):
@@ -38,7 +39,7 @@ PACK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"softplus": softplus2
 
 def projection(width: int, parts: int) -> nn.Linear:
     """`parts` projections of the width in one matrix, each drawn as the authors do: Xavier with a gain of 1/√2."""
-    made = nn.Linear(width, parts * width)
+    made = Linear(width, parts * width)
     for part in made.weight.chunk(parts):
         nn.init.xavier_uniform_(part, gain=0.5**0.5)
     tag(made, "bias", weight_decay=False)
@@ -47,7 +48,7 @@ def projection(width: int, parts: int) -> nn.Linear:
 
 def output(width: int) -> nn.Linear:
     """The projection of the concatenated heads: Xavier, without a bias at first."""
-    made = nn.Linear(width, width)
+    made = Linear(width, width)
     nn.init.xavier_uniform_(made.weight)
     nn.init.zeros_(made.bias)
     tag(made, "bias", weight_decay=False)

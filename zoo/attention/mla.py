@@ -12,6 +12,7 @@ from zoo.attention.kv_state import append, may_write
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import Rotary, logit_factor
@@ -129,13 +130,13 @@ class MLA(Block):
         queries = self.heads * (self.nope_dim + self.rope_dim)
         if q_rank is None:
             self.q_down = self.q_norm = None
-            self.q_up = nn.Linear(width, queries, bias=False)
+            self.q_up = Linear(width, queries, bias=False)
         else:
-            self.q_down, self.q_norm = nn.Linear(width, q_rank, bias=bias), RMSNorm(q_rank)
-            self.q_up = nn.Linear(q_rank, queries, bias=False)
-        self.kv_down, self.kv_norm = nn.Linear(width, self.kv_rank + self.rope_dim, bias=bias), RMSNorm(self.kv_rank)
-        self.kv_up = nn.Linear(self.kv_rank, self.heads * (self.nope_dim + self.value_dim), bias=False)
-        self.out = nn.Linear(self.heads * self.value_dim, width, bias=bias)
+            self.q_down, self.q_norm = Linear(width, q_rank, bias=bias), RMSNorm(q_rank)
+            self.q_up = Linear(q_rank, queries, bias=False)
+        self.kv_down, self.kv_norm = Linear(width, self.kv_rank + self.rope_dim, bias=bias), RMSNorm(self.kv_rank)
+        self.kv_up = Linear(self.kv_rank, self.heads * (self.nope_dim + self.value_dim), bias=False)
+        self.out = Linear(self.heads * self.value_dim, width, bias=bias)
         for linear in (self.q_down, self.kv_down, self.out):
             if bias and linear is not None:
                 tag(linear, "bias", weight_decay=False)
@@ -167,7 +168,7 @@ class MLA(Block):
 
     def absorbs(self, time: int, keys: int) -> bool:
         """Whether `time` queries over `keys` tokens take fewer FLOPs absorbed than expanded."""
-        if type(self.kv_up) is not nn.Linear or type(self.kv_up.weight) is not nn.Parameter:
+        if type(self.kv_up) is not Linear or type(self.kv_up.weight) is not nn.Parameter:
             return False  # the weight alone would be without what a wrapper adds
         up = self.kv_rank * (self.nope_dim + self.value_dim)
         expanded = keys * up + time * keys * (self.nope_dim + self.rope_dim + self.value_dim)

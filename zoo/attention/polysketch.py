@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, einsum, nn
+from torch import Tensor, einsum
 from torch.nn.functional import pad
 
 from ops import linear_attention
@@ -15,6 +15,7 @@ from zoo.attention.sketch import Sketch, is_learned, make_sketch
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.linear import Linear
 from zoo.layers.norm import LayerNorm
 from zoo.layers.places import go_on, locate
 from zoo.layers.position import ALiBi
@@ -105,10 +106,10 @@ class PolySketch(Block):
         if isinstance(made, ALiBi):
             raise ValueError("position kind 'alibi' adds to logits, which a sketch does not form; use rotary or None")
         self.position = made
-        self.qkv = nn.Linear(width, 3 * self.heads * self.head_dim, bias=False)
+        self.qkv = Linear(width, 3 * self.heads * self.head_dim, bias=False)
         self.q_norm, self.k_norm = LayerNorm(self.head_dim), LayerNorm(self.head_dim)
         self.sketch = make_sketch(self.head_dim, degree // 2, self.sketch_size, is_learned(sketch))
-        self.out = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.out = Linear(self.heads * self.head_dim, width, bias=False)
         # The paper's 1, of weights (qᵀk / head_dim)^p; not so small that nothing is left of it.
         self.one = max(float(self.head_dim) ** -degree, 1e-30)
 

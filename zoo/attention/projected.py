@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ops import attention
 from zoo.block import Block, Out, State, each_document
 from zoo.layers.checks import integer
+from zoo.layers.linear import Linear
 from zoo.layers.spelling import nearest
 
 PROJECTIONS = ("linear", "conv", "mean", "max")
@@ -153,8 +154,8 @@ class ProjectedAttention(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int, core: Core):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.q, self.k, self.v = (nn.Linear(width, heads * head_dim, bias=False) for _ in range(3))
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.q, self.k, self.v = (Linear(width, heads * head_dim, bias=False) for _ in range(3))
+        self.out = Linear(heads * head_dim, width, bias=False)
         self.core = core
 
     def forward(

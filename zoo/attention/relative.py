@@ -8,6 +8,7 @@ from torch import Tensor, einsum, nn
 from torch.nn import functional as F
 
 from zoo.block import tag
+from zoo.layers.linear import Linear
 
 
 class Relation(NamedTuple):
@@ -70,13 +71,13 @@ class RelativeAttention(nn.Module):
     def __init__(self, width: int, heads: int, positions: bool, types: bool):
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query = Linear(width, width, bias=False)
+        self.key_value = Linear(width, 2 * width)
+        self.out = Linear(width, width)
         for linear in (self.key_value, self.out):
             tag(linear, "bias", weight_decay=False)
         self.content_bias = self._bias()
-        self.distance = nn.Linear(width, width, bias=False) if positions else None
+        self.distance = Linear(width, width, bias=False) if positions else None
         self.distance_bias = self._bias() if positions else None
         self.type_bias = self._bias() if types else None
         self.type_vectors = nn.Parameter(0.02 * torch.randn(2, heads, self.head_dim)) if types else None

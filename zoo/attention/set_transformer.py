@@ -20,6 +20,7 @@ from ops import segments as seg
 from zoo.block import Block, Out, State, each_document, tag
 from zoo.layers.checks import integer
 from zoo.layers.heads import choose_heads
+from zoo.layers.linear import Linear
 from zoo.layers.norm import norm as make_norm
 from zoo.layers.spelling import nearest
 
@@ -27,7 +28,7 @@ FORMS = ("paper", "authors")
 
 
 def _linear(width: int) -> nn.Linear:
-    made = nn.Linear(width, width)
+    made = Linear(width, width)
     tag(made, "bias", weight_decay=False)
     return made
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from zoo.attention.features import RandomProjection
+from zoo.layers.linear import Linear
 from zoo.layers.norm import LayerNorm
 from zoo.layers.spelling import nearest
 
@@ -16,7 +17,7 @@ class LearnedProjection(nn.Sequential):
     the sketch, GELU, no biases, as in the authors' code."""
 
     def __init__(self, rows: int, size: int):
-        layers = nn.Linear(size, 8 * rows, bias=False), nn.Linear(8 * rows, rows, bias=False)
+        layers = Linear(size, 8 * rows, bias=False), Linear(8 * rows, rows, bias=False)
         for each in layers:
             # Outputs as large as inputs: a sketch that starts near zero weighs all but the local block by nothing.
             nn.init.normal_(each.weight, std=each.in_features**-0.5)

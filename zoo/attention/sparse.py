@@ -19,6 +19,7 @@ from zoo.attention.slot_state import SlotState, grow, new_slots, write
 from zoo.block import Block, Out, leave, tag
 from zoo.layers.checks import integer
 from zoo.layers.heads import heads_and_dim
+from zoo.layers.linear import Linear
 from zoo.layers.places import Tokens, go_on, locate
 from zoo.layers.position import Rotary
 from zoo.layers.position import position as make_position
@@ -87,8 +88,8 @@ class Sparse(Block):
         self.position = make_position(position, self.heads, self.head_dim)
         if not isinstance(self.position, Rotary | None):
             raise ValueError(f"position={position!r} is not for sparse attention; take {{'kind': 'rotary'}} or None")
-        self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.qkv = Linear(width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(self.heads * self.head_dim, width, bias=bias)
         self.global_qkv = self._global_projections(bias) if global_projections else None
         if bias:
             for linear in (self.qkv, self.out, self.global_qkv):
@@ -104,7 +105,7 @@ class Sparse(Block):
         # The window and the global tokens' rows apart: their queries, keys and values differ.
         self.rows = replace(self.pattern, subsets="rows")
         self.pattern = replace(self.pattern, subsets="window")
-        return nn.Linear(self.width, self.qkv.out_features, bias=bias)
+        return Linear(self.width, self.qkv.out_features, bias=bias)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> KVState | SlotState:
         if not self.causal:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.block import Block, Out, State, tag
+from zoo.layers.linear import Linear
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ class FeedForward(Block):
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
 
     def build(self, inner: int, hidden: int, bias: bool) -> None:
-        self.up = nn.Linear(self.width, inner, bias=bias)
-        self.down = nn.Linear(hidden, self.width, bias=bias)
+        self.up = Linear(self.width, inner, bias=bias)
+        self.down = Linear(hidden, self.width, bias=bias)
         if bias:
             tag(self.up, "bias", weight_decay=False)
             tag(self.down, "bias", weight_decay=False)

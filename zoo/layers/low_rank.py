@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from zoo.block import tag
 from zoo.layers.checks import integer
+from zoo.layers.linear import Linear
 
 
 def choose_rank(name: str, rank: int | None, usual: int, width: int) -> int:
@@ -34,8 +35,8 @@ class LowRankLinear(nn.Module):
                 f"use at most rank={full}, or an nn.Linear"
             )
         self.inputs, self.outputs, self.rank = inputs, outputs, rank
-        self.encode = nn.Linear(inputs, rank, bias=False)
-        self.decode = nn.Linear(rank, outputs, bias=bias)
+        self.encode = Linear(inputs, rank, bias=False)
+        self.decode = Linear(rank, outputs, bias=bias)
         if bias:
             tag(self.decode, "bias", weight_decay=False)
         self.reset_parameters()

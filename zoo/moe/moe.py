@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ops.precision import autocasting
 from zoo.block import Block, Out, State, tag
 from zoo.layers.checks import integer, number
+from zoo.layers.linear import Linear
 from zoo.moe import losses
 from zoo.moe.experts import Experts, build_experts
 from zoo.moe.parallel import Exchange
@@ -113,7 +114,7 @@ class MoE(Block):
             )
         self.shared_hidden = self.experts.hidden if shared_hidden is None else integer("shared_hidden", shared_hidden)
         self.shared = self.experts.shared(shared_experts * self.shared_hidden) if shared_experts else None
-        self.shared_gate = nn.Linear(width, 1, bias=False) if shared_gate else None
+        self.shared_gate = Linear(width, 1, bias=False) if shared_gate else None
         self.out_bias = nn.Parameter(torch.zeros(width)) if out_bias else None
         if out_bias:
             tag(self, "out_bias", weight_decay=False)

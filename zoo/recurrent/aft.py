@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ops.wkv import empty_state, wkv
 from zoo.block import Block, Out, State, each_document, enter, leave, tag
 from zoo.layers.checks import integer
+from zoo.layers.linear import Linear
 from zoo.layers.spelling import nearest
 from zoo.recurrent.aft_bias import Band, Offsets
 from zoo.recurrent.aft_full import Full
@@ -81,8 +82,8 @@ class AFT(Block):
         chosen = _choose(variant, {"window": window, "heads": heads, "length": length, "rank": rank})
         self.variant, self.window = variant, chosen.get("window")
         self.causal = causal  # pyright: ignore[reportAttributeAccessIssue]  # this class has both forms
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.qkv = Linear(width, 3 * width, bias=bias)
+        self.out = Linear(width, width, bias=bias)
         for linear in (self.qkv, self.out) if bias else ():
             tag(linear, "bias", weight_decay=False)
         self.mix: Full | Windowed | Simple

@@ -12,6 +12,7 @@ from ops import delta_rule
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.linear import Linear
 
 
 class DeltaState(NamedTuple):
@@ -50,9 +51,9 @@ class DeltaBlock(Block):
         self.key_dim, self.value_dim = self.key_heads * self.k_dim, self.heads * self.v_dim
         channels = 2 * self.key_dim + self.value_dim
         self.sizes = (channels, self.heads, *parts)  # of q, k and v; β; the kind's own
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
         self.conv = ShortConvolution(channels, integer("conv_width", conv_width), bias=False)
-        self.out_proj = nn.Linear(self.value_dim, width, bias=False)
+        self.out_proj = Linear(self.value_dim, width, bias=False)
 
     def log_decay(self, x: Float[Tensor, "batch time width"], parts: list[Tensor]) -> Tensor | None:
         """ln of the decay as `ops.delta_rule` takes it, float32 at least; None for no decay."""

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ops import linear_attention
@@ -12,6 +12,7 @@ from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer, number
 from zoo.layers.gated_norm import GatedRMSNorm
 from zoo.layers.heads import up_to_four
+from zoo.layers.linear import Linear
 from zoo.layers.low_rank import LowRankLinear
 
 
@@ -68,10 +69,10 @@ class GLA(Block):
         rank = min(16, width, self.key_dim) if gate_rank is None else integer("gate_rank", gate_rank)
         self.temperature = temperature
         self.sizes = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)  # of q, k, v and the output's gate
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
         self.decay_proj = LowRankLinear(width, self.key_dim, rank, bias=True)
         self.norm = GatedRMSNorm(self.value_dim // self.heads, before_gate=True, eps=norm_eps)
-        self.out_proj = nn.Linear(self.value_dim, width, bias=False)
+        self.out_proj = Linear(self.value_dim, width, bias=False)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> GLAState:
         dtype = torch.promote_types(dtype or self.in_proj.weight.dtype, torch.float32)

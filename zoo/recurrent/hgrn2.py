@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ops import linear_attention
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number, place
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 
 
@@ -73,13 +74,13 @@ class HGRN2(Block):
         if number("norm_eps", norm_eps) < 0:
             raise ValueError(f"norm_eps={norm_eps} must not be negative")
         self.heads = width // self.head_dim
-        self.in_proj = nn.Linear(width, 3 * width, bias=False)  # the output gate, the forget gate, the input
+        self.in_proj = Linear(width, 3 * width, bias=False)  # the output gate, the forget gate, the input
         # The bound's logit. Of the first layer's 0 it is -inf, which nothing can be learned from.
         self.lower_bound = nn.Parameter(torch.full((width,), math.log(start / (1 - start)))) if start else None
         if start:
             tag(self, "lower_bound", weight_decay=False)
         self.norm = RMSNorm(width, eps=norm_eps)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = Linear(width, width, bias=False)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> HGRN2State:
         dtype = torch.promote_types(dtype or self.in_proj.weight.dtype, torch.float32)

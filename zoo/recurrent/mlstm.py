@@ -12,6 +12,7 @@ from ops.segments import marks
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import up_to_four
+from zoo.layers.linear import Linear
 from zoo.layers.wide import WideLinear
 
 LEAST = -80.0  # e^80 is finite in float32; where m is below, h is 0 to 30 digits
@@ -75,10 +76,10 @@ class MLSTM(Block):
             raise ValueError(f"norm_eps={norm_eps} must not be negative")
         self.soft_cap, self.eps, self.norm_eps = soft_cap, eps, norm_eps
         self.sizes = (self.qk_dim, self.qk_dim, self.v_dim, self.v_dim)  # of q, k, v and the output's gate
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
         self.gate_proj = WideLinear(width, 2 * self.heads)  # to the logits of i, then of f
         self.norm_weight = nn.Parameter(torch.ones(self.v_dim))
-        self.out_proj = nn.Linear(self.v_dim, width, bias=False)
+        self.out_proj = Linear(self.v_dim, width, bias=False)
         with torch.no_grad():
             self.gate_proj.weight.zero_()
             self.gate_proj.bias[: self.heads].fill_(-10)

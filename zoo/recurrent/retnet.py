@@ -18,6 +18,7 @@ from ops import linear_attention
 from ops import segments as seg
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
+from zoo.layers.linear import Linear
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
 from zoo.layers.spelling import nearest
@@ -126,9 +127,9 @@ class RetNet(Block):
             )
         self.position, self.decay = made, decay
         self.sizes = (self.key_dim, self.key_dim, self.value_dim, self.value_dim)  # of q, k, v and the gate
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
         self.norm = HeadNorm(self.value_dim // self.heads, norm, norm_affine, norm_eps)
-        self.out_proj = nn.Linear(self.value_dim, width, bias=False)
+        self.out_proj = Linear(self.value_dim, width, bias=False)
 
     def log_decay(self, device: Any, dtype: torch.dtype) -> Float[Tensor, " heads"]:
         """log γ of each head, made where it is used: of a γ rounded to float32 nothing would be left from head 20."""

@@ -14,6 +14,7 @@ from ops import segments as seg
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.linear import Linear
 
 STEEPEST = 1000.0  # bound of the square root's slope (2402.19427, appendix A)
 
@@ -99,13 +100,13 @@ class RGLRU(Block):
                 f"decay_min={decay_min} and decay_max={decay_max} must satisfy 0 < decay_min <= decay_max < 1"
             )
         self.c = c
-        self.y_proj = nn.Linear(width, self.inner, bias=bias)
-        self.x_proj = nn.Linear(width, self.inner, bias=bias)
+        self.y_proj = Linear(width, self.inner, bias=bias)
+        self.x_proj = Linear(width, self.inner, bias=bias)
         self.conv = ShortConvolution(self.inner, integer("conv_width", conv_width), activation=None)
         self.input_gate = BlockDiagonal(self.heads, self.inner // self.heads)
         self.decay_gate = BlockDiagonal(self.heads, self.inner // self.heads)
         self.Lambda = nn.Parameter(torch.empty(self.inner))
-        self.out_proj = nn.Linear(self.inner, width, bias=bias)
+        self.out_proj = Linear(self.inner, width, bias=bias)
         with torch.no_grad():
             rate = -torch.empty(self.inner).uniform_(decay_min, decay_max).log() / c
             self.Lambda.copy_(rate + torch.log(-torch.expm1(-rate)))  # softplus⁻¹, exact for a small rate

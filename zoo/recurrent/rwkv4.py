@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ops.wkv import empty_state, wkv
 from zoo.block import Block, Out, State, enter, leave, tag
 from zoo.layers.checks import integer, place
+from zoo.layers.linear import Linear
 from zoo.layers.shift import token_shift
 from zoo.recurrent.channel_mix import ChannelMix
 
@@ -57,10 +58,10 @@ class RWKV4(Block):
         self.time_mix_receptance = nn.Parameter(torch.empty(width))
         for name in ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance"):
             tag(self, name, weight_decay=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.output = Linear(width, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -147,9 +148,9 @@ class RWKV4ChannelMix(ChannelMix):
         self.time_mix_receptance = nn.Parameter(torch.empty(width))
         for name in ("time_mix_key", "time_mix_receptance"):
             tag(self, name, weight_decay=False)
-        self.key = nn.Linear(width, self.hidden, bias=False)
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(self.hidden, width, bias=False)
+        self.key = Linear(width, self.hidden, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.value = Linear(self.hidden, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

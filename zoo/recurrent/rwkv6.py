@@ -12,6 +12,7 @@ from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import number, place
 from zoo.layers.heads import choose_heads
 from zoo.layers.initial import orthogonal_
+from zoo.layers.linear import Linear
 from zoo.layers.low_rank import choose_rank
 from zoo.layers.shift import token_shift
 
@@ -79,19 +80,19 @@ class RWKV6(Block):
         self.layer, self.layers, self.norm_eps = layer, layers, norm_eps
         self.mix_input = nn.Parameter(torch.empty(width))  # μ
         self.mix = nn.Parameter(torch.empty(5, width))  # λ of w, k, v, r and g
-        self.mix_encode = nn.Linear(width, 5 * self.mix_rank, bias=False)  # A
+        self.mix_encode = Linear(width, 5 * self.mix_rank, bias=False)  # A
         self.mix_decode = nn.Parameter(torch.empty(5, self.mix_rank, width))  # B
         self.decay = nn.Parameter(torch.empty(width))  # ω
-        self.decay_encode = nn.Linear(width, self.decay_rank, bias=False)  # C
-        self.decay_decode = nn.Linear(self.decay_rank, width, bias=False)  # D
+        self.decay_encode = Linear(width, self.decay_rank, bias=False)  # C
+        self.decay_decode = Linear(self.decay_rank, width, bias=False)  # D
         self.bonus = nn.Parameter(torch.empty(self.heads, self.head_dim))  # u
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.gate = nn.Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.gate = Linear(width, width, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(width))
         self.norm_bias = nn.Parameter(torch.empty(width))
-        self.output = nn.Linear(width, width, bias=False)
+        self.output = Linear(width, width, bias=False)
         for name in ("mix_input", "mix", "mix_decode", "decay", "bonus", "norm_weight", "norm_bias"):
             tag(self, name, weight_decay=False)
         for linear in (self.mix_encode, self.decay_encode, self.decay_decode):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from zoo.block import tag
 from zoo.layers.checks import integer, place
 from zoo.layers.initial import orthogonal_
+from zoo.layers.linear import Linear
 from zoo.recurrent.channel_mix import ChannelMix
 
 
@@ -41,9 +42,9 @@ class RWKV6ChannelMix(ChannelMix):
         self.mix_receptance = nn.Parameter(torch.empty(width))
         for name in ("mix_key", "mix_receptance"):
             tag(self, name, weight_decay=False)
-        self.key = nn.Linear(width, self.hidden, bias=False)
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(self.hidden, width, bias=False)
+        self.key = Linear(width, self.hidden, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.value = Linear(self.hidden, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

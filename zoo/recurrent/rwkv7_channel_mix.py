@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from zoo.block import tag
 from zoo.layers.checks import integer, place
+from zoo.layers.linear import Linear
 from zoo.recurrent.channel_mix import ChannelMix
 
 
@@ -34,8 +35,8 @@ class RWKV7ChannelMix(ChannelMix):
         self.layer, self.layers = layer, layers
         self.mix_key = nn.Parameter(torch.empty(width))
         tag(self, "mix_key", weight_decay=False)
-        self.key = nn.Linear(width, self.hidden, bias=False)
-        self.value = nn.Linear(self.hidden, width, bias=False)
+        self.key = Linear(width, self.hidden, bias=False)
+        self.value = Linear(self.hidden, width, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

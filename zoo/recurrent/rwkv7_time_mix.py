@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ops import delta_rule
 from zoo.block import tag
 from zoo.layers.initial import orthogonal_
+from zoo.layers.linear import Linear
 from zoo.layers.shift import token_shift
 from zoo.layers.wide import WideLinear
 
@@ -22,7 +23,7 @@ class LowRank(nn.Module):
     def __init__(self, width: int, rank: int, between: Callable[[Tensor], Tensor] | None = None, bias: bool = True):
         super().__init__()
         self.between = between
-        self.encode = nn.Linear(width, rank, bias=False)
+        self.encode = Linear(width, rank, bias=False)
         self.decode = WideLinear(rank, width, bias=bias)
         tag(self.encode, "weight", weight_decay=False)
         tag(self.decode, "weight", weight_decay=False)
@@ -56,12 +57,12 @@ class TimeMix(nn.Module):
         self.removal = nn.Parameter(torch.empty(width))  # ξ
         self.replacement = nn.Parameter(torch.empty(width))  # how much α scales what is written
         self.bonus = nn.Parameter(torch.empty(heads, width // heads))  # ρ
-        self.receptance = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
+        self.receptance = Linear(width, width, bias=False)
+        self.key = Linear(width, width, bias=False)
+        self.value = Linear(width, width, bias=False)
         self.norm_weight = nn.Parameter(torch.empty(width))
         self.norm_bias = nn.Parameter(torch.empty(width))
-        self.output = nn.Linear(width, width, bias=False)
+        self.output = Linear(width, width, bias=False)
         for name in ("mix", "removal", "replacement", "bonus", "norm_weight", "norm_bias"):
             tag(self, name, weight_decay=False)
         self.reset_parameters()

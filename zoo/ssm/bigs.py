@@ -11,6 +11,7 @@ from ops import long_conv, vandermonde
 from zoo.block import Block, Out, State, tag
 from zoo.layers.checks import integer
 from zoo.layers.ffn import activation_function
+from zoo.layers.linear import Linear
 from zoo.layers.spelling import nearest
 from zoo.ssm.hippo import low_rank, transition
 from zoo.ssm.lti import expm1, step_parameter, tag_system, widened
@@ -113,13 +114,13 @@ class BiGS(Block):
         self.inner = integer("expand", expand) * width
         integer("state_size", state_size)
         self.activation = activation_function(activation)
-        self.gate_proj = nn.Linear(width, self.inner)  # W_v
-        self.forward_in, self.backward_in = nn.Linear(width, width), nn.Linear(width, width)  # W_f, W_b
+        self.gate_proj = Linear(width, self.inner)  # W_v
+        self.forward_in, self.backward_in = Linear(width, width), Linear(width, width)  # W_f, W_b
         self.forward_ssm = SharedSystem(state_size, init, dt_min, dt_max, learning_rate)
         self.backward_ssm = SharedSystem(state_size, init, dt_min, dt_max, learning_rate)
-        self.forward_out, self.backward_out = nn.Linear(width, width), nn.Linear(width, width)  # W_u1, W_u2
-        self.mix_proj = nn.Linear(width, self.inner)  # W_u
-        self.out_proj = nn.Linear(self.inner, width)  # W_o
+        self.forward_out, self.backward_out = Linear(width, width), Linear(width, width)  # W_u1, W_u2
+        self.mix_proj = Linear(width, self.inner)  # W_u
+        self.out_proj = Linear(self.inner, width)  # W_o
         for each in self.modules():
             if isinstance(each, nn.Linear):
                 tag(each, "bias", weight_decay=False)

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import glu
 
 from zoo.block import Block, Out, State, tag
 from zoo.layers.ffn import activation_function
+from zoo.layers.linear import Linear
 from zoo.ssm.lti import LTI
 
 
@@ -25,7 +26,7 @@ class SSMBlock(Block):
         self.lti = lti
         self.activation = activation_function(activation)
         self.gated = bool(gated)
-        self.out_proj = nn.Linear(width * lti.outputs, 2 * width if gated else width)
+        self.out_proj = Linear(width * lti.outputs, 2 * width if gated else width)
         tag(self.out_proj, "bias", weight_decay=False)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ops import attention
@@ -14,6 +14,7 @@ from ops import segments as seg
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer
 from zoo.layers.heads import choose_heads
+from zoo.layers.linear import Linear
 from zoo.layers.position import ALiBi
 from zoo.layers.position import position as make_position
 from zoo.layers.spelling import nearest
@@ -98,13 +99,13 @@ class BST(Block):
         self.position = make_position(position, self.heads, width // self.heads)
         lti = system(ssm, width * self.filters)
         self.wide = lti.state_dtype(torch.float32) == torch.float64
-        self.qkv = nn.Linear(width, 4 * width, bias=False)  # q, q' to the contexts, k, v
+        self.qkv = Linear(width, 4 * width, bias=False)  # q, q' to the contexts, k, v
         self.contexts = (
             BlockEnds(width, self.heads, self.filters, lti, block)
             if mode == "mf"
             else Streams(width, self.heads, self.filters, lti)
         )
-        self.out = nn.Linear(2 * width, width, bias=False)
+        self.out = Linear(2 * width, width, bias=False)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> BSTState:
         device = self.out.weight.device if device is None else device

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from ops import attention, linear_recurrence
 from ops.precision import full_precision
 from zoo.block import leave, tag
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.spelling import nearest
 from zoo.ssm.dss import DSSSystem
@@ -102,7 +103,7 @@ class BlockEnds(nn.Module):
         super().__init__()
         self.heads, self.filters, self.lti, self.block = heads, filters, lti, block
         self.norm = RMSNorm(width)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.kv = Linear(width, 2 * width, bias=False)
         self.ids = nn.Parameter(torch.randn(filters, width))
         self.start = nn.Parameter(0.1 * torch.randn(filters, width))
         tag(self, "ids", weight_decay=False)

@@ -11,6 +11,7 @@ from torch.nn.functional import silu, softplus
 from ops import selective_scan
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import integer
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.spelling import nearest
 from zoo.ssm.mamba import Mamba
@@ -64,15 +65,15 @@ class DenseLayer(nn.Module):
         if sources == 0:
             return
         self.select = nn.Sequential(
-            nn.Linear(mixer.width, gate_rank, bias=False),
+            Linear(mixer.width, gate_rank, bias=False),
             nn.SiLU(),
-            nn.Linear(gate_rank, mixer.inner, bias=False),
+            Linear(gate_rank, mixer.inner, bias=False),
             nn.SiLU(),
         )
         if projection == "linear":
             self.project = nn.Parameter(torch.eye(n).repeat(sources, 1, 1))
         if fusion == "concat":
-            self.C_proj = nn.Linear(mixer.inner, sources * n, bias=False)
+            self.C_proj = Linear(mixer.inner, sources * n, bias=False)
 
     def flops_per_token(self, context: int) -> int:
         """The mixer's; the gate, the projections of C, and for each source a scan of 9 a state and its gating."""

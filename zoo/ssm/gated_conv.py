@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.linear import Linear
 
 
 class GatedConvState(NamedTuple):
@@ -39,9 +40,9 @@ class GatedConvolution(Block):
         super().__init__(width)
         if not isinstance(bias, bool):
             raise ValueError(f"bias={bias!r} must be true or false")
-        self.in_proj = nn.Linear(width, 3 * width, bias=bias)
+        self.in_proj = Linear(width, 3 * width, bias=bias)
         self.conv = ShortConvolution(width, integer("conv_width", conv_width), bias=bias, activation=None)
-        self.out_proj = nn.Linear(width, width, bias=bias)
+        self.out_proj = Linear(width, width, bias=bias)
         for projection in (self.in_proj, self.out_proj) if bias else ():
             tag(projection, "bias", weight_decay=False)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zoo.block import Block, Out, State, tag
 from zoo.layers.checks import integer
 from zoo.layers.ffn import activation_function
+from zoo.layers.linear import Linear
 from zoo.layers.norm import LayerNorm
 from zoo.ssm.lti import DiagonalLTI, Modes, expm1, tag_system, widened
 
@@ -77,11 +78,11 @@ class GSS(Block):
         reduced = max(2, width // 4) if reduced is None else integer("reduced", reduced, 2, ": a norm of one is 0")
         self.sizes = (hidden, reduced)
         self.activation = activation_function(activation)
-        self.in_proj = nn.Linear(width, hidden + reduced, bias=bias)  # W_v and W_u
+        self.in_proj = Linear(width, hidden + reduced, bias=bias)  # W_v and W_u
         self.norm = LayerNorm(reduced)
         self.lti = GSSSystem(reduced, state_size, learning_rate)
-        self.context_proj = nn.Linear(reduced, hidden, bias=bias)
-        self.out_proj = nn.Linear(hidden, width, bias=bias)
+        self.context_proj = Linear(reduced, hidden, bias=bias)
+        self.out_proj = Linear(hidden, width, bias=bias)
         for each in (self.in_proj, self.context_proj, self.out_proj) if bias else ():
             tag(each, "bias", weight_decay=False)
 

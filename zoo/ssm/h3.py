@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from ops import long_conv
 from zoo.block import Block, Out, tag
 from zoo.layers.checks import integer
+from zoo.layers.linear import Linear
 from zoo.ssm.lti import LTI, LTIState, tag_system, widened
 from zoo.ssm.s4d import S4DSystem
 
@@ -145,10 +146,10 @@ class H3(Block):
             raise ValueError(f"head_dim={head_dim} must divide width={width}; try {math.gcd(head_dim, width)}")
         self.head_dim, self.heads = head_dim, width // head_dim
         self.shift_size = integer("shift_size", shift_size)
-        self.in_proj = nn.Linear(width, 3 * width)
+        self.in_proj = Linear(width, 3 * width)
         self.shift = ShiftSystem(width, shift_size, learning_rate)
         self.diagonal = S4DSystem(self.heads, state_size, init, discretisation, dt_min, dt_max, learning_rate)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         for projection in (self.in_proj, self.out_proj):
             tag(projection, "bias", weight_decay=False)
 

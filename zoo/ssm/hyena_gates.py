@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo.block import Block, enter, tag
 from zoo.layers.checks import integer
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.linear import Linear
 
 
 class Short(NamedTuple):
@@ -31,9 +32,9 @@ class GatedConvolutions(Block):
         self.order = integer("order", order, 2, ": between two gates stands one long convolution")
         self.conv_width = integer("conv_width", conv_width)
         inner = (order + 1) * width
-        self.in_proj = nn.Linear(width, inner)
+        self.in_proj = Linear(width, inner)
         self.conv = ShortConvolution(inner, conv_width, activation=None)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         tag(self.in_proj, "bias", weight_decay=False)
         tag(self.out_proj, "bias", weight_decay=False)
 

@@ -12,6 +12,7 @@ from ops import selective_scan
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.layers.wide import WideLinear
 
@@ -71,9 +72,9 @@ class Mamba(Block):
         if not 0 < number("dt_min", dt_min) <= number("dt_max", dt_max):
             raise ValueError(f"dt_min={dt_min} and dt_max={dt_max} must satisfy 0 < dt_min <= dt_max")
         self.inner, self.state_size, self.dt_rank = inner, state_size, dt_rank
-        self.in_proj = nn.Linear(width, 2 * inner, bias=bias)
+        self.in_proj = Linear(width, 2 * inner, bias=bias)
         self.conv = ShortConvolution(inner, conv_width, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, dt_rank + 2 * state_size, bias=False)
+        self.x_proj = Linear(inner, dt_rank + 2 * state_size, bias=False)
         self.inner_norm_eps = _eps(inner_norm, inner_norm_eps)
         self.dt_norm, self.B_norm, self.C_norm = (
             _norm(inner_norm, size, self.inner_norm_eps) for size in (dt_rank, state_size, state_size)
@@ -81,7 +82,7 @@ class Mamba(Block):
         self.dt_proj = WideLinear(dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, width, bias=bias)
+        self.out_proj = Linear(inner, width, bias=bias)
         self._reset_dt(dt_min, dt_max)
         tag(self, "A_log", weight_decay=False)
         tag(self, "D", weight_decay=False)

@@ -15,6 +15,7 @@ from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.gated_norm import GatedRMSNorm
+from zoo.layers.linear import Linear
 
 
 class Mamba2State(NamedTuple):
@@ -83,13 +84,13 @@ class Mamba2(Block):
             raise ValueError(f"dt_min={dt_min} and dt_max={dt_max} must satisfy 0 < dt_min <= dt_max")
         self.dt_limit = _limit(dt_limit)
         self.sizes = (self.inner, self.inner + 2 * groups * state_size, self.heads)  # of z; x, B and C; dt
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=bias)
+        self.in_proj = Linear(width, sum(self.sizes), bias=bias)
         self.conv = ShortConvolution(self.sizes[1], conv_width, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(self.inner, self.norm_groups, norm_before_gate, norm_eps)
-        self.out_proj = nn.Linear(self.inner, width, bias=bias)
+        self.out_proj = Linear(self.inner, width, bias=bias)
         with torch.no_grad():  # b_dt = softplus⁻¹(dt) = log(e^dt - 1), written to be exact for a small dt
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -12,6 +12,7 @@ from torch.nn.functional import silu, softplus
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.gated_norm import GatedRMSNorm
+from zoo.layers.linear import Linear
 from zoo.layers.norm import RMSNorm
 from zoo.ssm.mamba2 import fit_heads
 from zoo.ssm.trapezoid import Trapezoid, angles, trapezoid, turn
@@ -89,7 +90,7 @@ class Mamba3(Block):
         shared = rank * groups * state_size
         # z; x; B; C; dt; a; l; θ
         self.sizes = (self.inner, self.inner, shared, shared, self.heads, self.heads, self.heads, self.pairs)
-        self.in_proj = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj = Linear(width, sum(self.sizes), bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.B_norm, self.C_norm = RMSNorm(state_size, eps=1e-5), RMSNorm(state_size, eps=1e-5)
         self.B_bias = nn.Parameter(torch.ones(self.heads, rank, state_size))
@@ -100,7 +101,7 @@ class Mamba3(Block):
         self.mimo_o = nn.Parameter(torch.full((self.heads, rank, self.head_dim), 1 / rank)) if many else None
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = GatedRMSNorm(self.inner, self.heads, before_gate=True) if out_norm else None
-        self.out_proj = nn.Linear(self.inner, width, bias=False)
+        self.out_proj = Linear(self.inner, width, bias=False)
         with torch.no_grad():  # b_dt = softplus⁻¹(dt) = log(e^dt - 1), written to be exact for a small dt
             dt = torch.empty_like(self.dt_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -12,6 +12,7 @@ from ops import linear_recurrence
 from zoo.block import Block, Out, State, each_document, tag
 from zoo.layers.checks import integer
 from zoo.layers.ffn import activation_function
+from zoo.layers.linear import Linear
 from zoo.layers.spelling import nearest
 from zoo.ssm.hippo import nplr
 from zoo.ssm.lti import LTI, LTIState, expm1, log1p, powers, step_parameter, tag_system, widened
@@ -247,7 +248,7 @@ class S5(Block):
             )
         self.lti = S5System(width, state_size, blocks, discretisation, dt_min, dt_max, clip, learning_rate)
         self.activation, self.gate = activation_function(activation), gate
-        self.out_proj = None if gate is None else nn.Linear(width, 2 * width if gate == "full" else width)
+        self.out_proj = None if gate is None else Linear(width, 2 * width if gate == "full" else width)
         if self.out_proj is not None:
             tag(self.out_proj, "bias", weight_decay=False)
 
