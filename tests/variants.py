@@ -212,6 +212,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"heads": 3, "key_dim": 12, "value_dim": 36, "decay": "linspace", "position": None}
         | {"norm": "rms", "norm_affine": True},
     ],
+    "lightning_attention": [{}, {"heads": 3, "head_dim": 5, "layer": 1, "layers": 3}],
     "gla": [{}, {"heads": 3, "key_dim": 6, "value_dim": 15, "gate_rank": 2, "temperature": 1.0}],
     "hgrn2": [{}, {"head_dim": 4, "layer": 2, "layers": 6}],
     "delta_net": [{"heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_width": 2, "negative_eigenvalues": True}],

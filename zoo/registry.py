@@ -49,6 +49,7 @@ KINDS: dict[str, str] = {
     "rwkv4": "zoo.recurrent.rwkv4:RWKV4",
     "rg_lru": "zoo.recurrent.rg_lru:RGLRU",
     "retnet": "zoo.recurrent.retnet:RetNet",
+    "lightning_attention": "zoo.recurrent.lightning:LightningAttention",
     "gla": "zoo.recurrent.gla:GLA",
     "hgrn2": "zoo.recurrent.hgrn2:HGRN2",
     "delta_net": "zoo.recurrent.delta_net:DeltaNet",

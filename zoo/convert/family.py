@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zoo.config import ModelConfig
 from zoo.layers.norm import norm
@@ -54,6 +54,7 @@ class Family(NamedTuple):
     - `spelling(name)`: the published name of a tensor which some files name otherwise.
     - `own_dtype`: patterns of our tensors' names that keep their dtype where files hold them in another one than the
       rest. (A router's bias is in float32 in every model.)
+    - `weights(model)`: the tensors of transformers' model, as if it had not computed yet.
     """
 
     config_class: type[PreTrainedConfig]
@@ -68,6 +69,7 @@ class Family(NamedTuple):
     spelling: Callable[[str], str] = str
     own_dtype: tuple[str, ...] = ()
     more: tuple[str, ...] = ()  # what files hold though the class does not declare it, and `read` reads or knows
+    weights: Callable[[PreTrainedModel], Mapping[str, Tensor]] = PreTrainedModel.state_dict
 
     @property
     def model_type(self) -> str:
@@ -118,6 +120,8 @@ def _block(where: str, kind: str, given: Mapping[str, Any], block: Any) -> dict[
     said: dict[str, Any] = {f"{where}.kind": kind}
     for option, parameter in options(kind).items():
         value = given.get(option, parameter.default)
+        if option in ("layer", "layers") and option not in given:  # the model counted
+            value = getattr(block, option, value)
         if kind == "parallel" and option == "blocks":
             for index, ((inner, chosen), part) in enumerate(zip(block.specs, block.parts, strict=True)):
                 said |= _block(f"{where}.blocks[{index}]", inner, chosen, part)

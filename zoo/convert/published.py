@@ -45,6 +45,8 @@ FAMILIES: dict[str, str] = {
     "mamba": "zoo.convert.mamba:FAMILY",
     "falcon_mamba": "zoo.convert.falcon_mamba:FAMILY",
     "mamba2": "zoo.convert.mamba2:FAMILY",
+    "rwkv": "zoo.convert.rwkv:FAMILY",
+    "minimax": "zoo.convert.minimax:FAMILY",
 }
 # What a tokenizer is stored in: copied beside a converted checkpoint.
 TOKENIZER = (
@@ -89,7 +91,7 @@ def load(source: Any) -> ZooForCausalLM:
         if type(source).__name__ != kind.architecture:
             raise ValueError(f"{type(source).__name__} cannot be converted; pass a {kind.architecture}")
         # As transformers would save them: in memory it stacks experts.
-        tensors = Tensors.of(type(source).__name__, revert_weight_conversion(source, source.state_dict()))
+        tensors = Tensors.of(type(source).__name__, revert_weight_conversion(source, dict(kind.weights(source))))
         generation, config = source.generation_config, source.config
     else:
         folder = local_folder(source)
