@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Blocks that reach every op: implementations take long, and each op's are the same for all its blocks.
-OPS = "aft gqa sparse mamba mamba2 mamba3 s4 s4d hyena gla gated_delta_net rwkv4 rwkv6 rwkv7 rg_lru slstm moe linformer".split()
+OPS = (
+    *("aft", "gqa", "sparse", "mamba", "mamba2", "mamba3", "s4", "s4d", "hyena", "gla", "gated_delta_net", "rwkv4"),
+    *("rwkv6", "rwkv7", "rg_lru", "slstm", "moe", "linformer"),
+)
 IMPLEMENTATIONS = " or ".join(f"test_law[{kind}-implementations-float32]" for kind in OPS)
 LAWS = f"((contract or chunks or padding or packed) and float32) or {IMPLEMENTATIONS}"
 SHARES = 4  # so that the processes which run the tests have something to share

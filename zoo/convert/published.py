@@ -45,6 +45,9 @@ FAMILIES: dict[str, str] = {
     "mamba": "zoo.convert.mamba:FAMILY",
     "falcon_mamba": "zoo.convert.falcon_mamba:FAMILY",
     "mamba2": "zoo.convert.mamba2:FAMILY",
+    "jamba": "zoo.convert.jamba:FAMILY",
+    "bamba": "zoo.convert.bamba:FAMILY",
+    "granitemoehybrid": "zoo.convert.granitemoehybrid:FAMILY",
     "rwkv": "zoo.convert.rwkv:FAMILY",
     "minimax": "zoo.convert.minimax:FAMILY",
 }

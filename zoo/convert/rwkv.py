@@ -23,7 +23,8 @@ def read(config: RwkvConfig) -> ModelConfig:
     """The model that an RWKV-4 configuration describes.
 
     `rescale_every` halves the stream and the matrices that write to it every so many layers, for float16's range; but
-    for the eps of norms it is the same model, and stored weights are not divided.
+    for the eps of norms it is the same model, and stored weights are not divided. Beside the stream, eps is 4 times as
+    large with each halving: little at the usual 6 (a few halvings), another model after a dozen.
     """
     said: Any = config
     if said.attention_hidden_size != said.hidden_size:
