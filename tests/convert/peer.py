@@ -5,11 +5,13 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
 import zoo.convert
@@ -23,7 +25,18 @@ def in_float64() -> Iterator[None]:
     """Inside, what transformers computes in float32 whatever the model's dtype (norms, rotary angles, softmax) is
     computed in float64. Build and run its float64 models inside."""
     scan = RecurrentGemmaRglru._rnn_scan  # its default of float32 is bound already
+    slopes = MiniMaxLightningAttention.get_slope_rate  # made in the default dtype
+
+    def exact_slopes(self: Any, *device: Any) -> torch.Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return slopes(self, *device)
+        finally:
+            torch.set_default_dtype(before)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MiniMaxLightningAttention, "get_slope_rate", exact_slopes)
         patch.setattr(RecurrentGemmaRglru, "_rnn_scan", lambda *a, **k: scan(*a, **k, acc_dtype=torch.float64))
         patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch, "float", torch.float64)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 import zoo.convert
 from tests.convert.peer import (
@@ -59,22 +58,6 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 def config_of(name, options, **more):
     return getattr(transformers, f"{name}Config")(**SIZES | options, **more)
-
-
-@pytest.fixture(autouse=True)
-def exact_slopes(monkeypatch):
-    """MiniMax makes its slopes in the default dtype whatever the model's; here in float64."""
-    made = MiniMaxLightningAttention.get_slope_rate
-
-    def exact(self, *device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            return made(self, *device)
-        finally:
-            torch.set_default_dtype(before)
-
-    monkeypatch.setattr(MiniMaxLightningAttention, "get_slope_rate", exact)
 
 
 # transformers counts what MiniMax's cache holds in the first layer, which holds no keys where its kind is linear: from

@@ -25,6 +25,9 @@ def read(config: MiniMaxConfig) -> ModelConfig:
 
     What a sum keeps is the normed stream, x ← α n(x) + β f(n(x)): the same as norms after sums, the first of them on
     the embedding and the model's last one after the last sum.
+
+    Published files also hold the decays, rounded to their dtype, and transformers computes with those; here they are
+    exact. On the way back they are left out, for transformers makes them anew from the configuration.
     """
     said: Any = config
     if said.router_jitter_noise:
