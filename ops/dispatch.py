@@ -120,6 +120,11 @@ def use(implementation: str) -> Iterator[None]:
         _preferred = before
 
 
+def preferred() -> str | None:
+    """The implementation that `use` asks for, None outside of it."""
+    return _preferred
+
+
 def tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among an op's arguments, tuples of tensors included."""
     found: list[Tensor] = []

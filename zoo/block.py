@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import segments as seg
+from ops.step import BARE, Around
 
 State = Any  # a NamedTuple of tensors; Python has no type for "any NamedTuple"
 
@@ -61,6 +62,11 @@ class Block(nn.Module):
             raise ValueError(f"width={width!r} must be a positive integer")
         self.width = width
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "one_token" not in vars(cls):
+            cls.one_token = Block.one_token  # what was inherited does what the old forward does
+
     def forward(
         self,
         x: Float[Tensor, "batch time width"],
@@ -68,6 +74,12 @@ class Block(nn.Module):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def one_token(self, x: Float[Tensor, "batch one width"], state: State | None, around: Around = BARE) -> Out | None:
+        """One token, none of padding, by one compiled call on a CPU (`ops.step`), with the norm before the block and
+        the residual around it; None where it has to go the usual way, which is what blocks without such a kernel say.
+        """
+        return None
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token. `dtype` is the activations'; recurrent sums are float32 at least."""

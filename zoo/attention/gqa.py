@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import attention
+from ops.step import BARE, Around
+from zoo.attention.gqa_step import one_token
 from zoo.attention.kv_state import (
     KVState,
     RingState,
@@ -166,6 +168,10 @@ class GQA(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         if segments is not None:
             x = torch.where((segments != 0)[..., None], x, 0.0)
         q, k, v, *gate = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.parts, 2)
@@ -186,6 +192,9 @@ class GQA(Block):
         if segments is not None and self.out.bias is not None:
             y = torch.where((segments != 0)[..., None], y, 0.0)
         return Out(y, state, {})
+
+    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+        return one_token(self, x, state, around)
 
     # Attention over what the state and the call hold ---------------------------------------------------------
 

@@ -96,16 +96,22 @@ def append(leaf: Tensor, new: Tensor, write: bool) -> Tensor:
     new = new.to(leaf.dtype)
     if not write:
         return torch.cat([leaf, new], 1)
+    old = leaf.shape[1]
+    longer = lengthen(leaf, new.shape[1])
+    longer[:, old:].copy_(new)
+    return longer
+
+
+def lengthen(leaf: Tensor, time: int) -> Tensor:
+    """`leaf` with `time` tokens behind it that are still to be written: in the same buffer where there is room, else
+    in one of twice the size."""
     batch, old, *rest = leaf.shape
-    time = new.shape[1]
     if _room(leaf) < old + time:
         room = -(-max(2 * old, old + time) // 64) * 64
         grown = leaf.new_empty(batch, room, *rest)
         grown[:, :old] = leaf
         leaf = grown[:, :old]
-    strides, offset = leaf.stride(), leaf.storage_offset()
-    leaf.as_strided((batch, time, *rest), strides, offset + old * strides[1]).copy_(new)
-    return leaf.as_strided((batch, old + time, *rest), strides, offset)
+    return leaf.as_strided((batch, old + time, *rest), leaf.stride(), leaf.storage_offset())
 
 
 def spell_out(state: KVState) -> KVState:

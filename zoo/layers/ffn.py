@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.block import Block, Out, State, tag
-from zoo.layers.linear import Linear
+from ops import step
+from ops.step import BARE, Around
+from zoo.block import Block, NoState, Out, State, tag
+from zoo.layers.linear import Linear, plain
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -33,6 +35,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": relu2,
     "silu": F.silu,
 }
+_NAMES = {function: name for name, function in ACTIVATIONS.items()}
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The name under which compiled steps know it; None for any other function."""
+    return _NAMES.get(function)
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -66,9 +74,23 @@ class FeedForward(Block):
 
     up: nn.Linear  # [width -> inner]
     down: nn.Linear  # [hidden -> width]
+    activation: Callable[[Tensor], Tensor]
 
     def activate(self, inner: Float[Tensor, "batch time inner"]) -> Float[Tensor, "batch time hidden"]:
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
+
+    def one_token(self, x: Tensor, state: State | None, around: Around = BARE) -> Out | None:
+        if not plain(self.up, self.down) or type(state) not in (type(None), NoState) or x.shape[2] != self.width:
+            return None
+        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
+        if type(self).activate not in (GatedUnit.activate, MLP.activate):
+            return None
+        name = activation_name(self.activation)
+        if name is None or not step.takes(x, (*weights, around.weight, around.bias)):
+            return None
+        from ops.step.feed_forward import feed_forward
+
+        return Out(feed_forward(x, *weights, name, isinstance(self, GatedUnit), around), state, {})
 
     def build(self, inner: int, hidden: int, bias: bool) -> None:
         self.up = Linear(self.width, inner, bias=bias)
@@ -85,7 +107,8 @@ class FeedForward(Block):
     ) -> Out:
         self.check(x, state, segments)
         if segments is None:
-            return Out(self.down(self.activate(self.up(x))), state, {})
+            stepped = self.one_token(x, state) if x.shape[1] == 1 else None
+            return Out(self.down(self.activate(self.up(x))), state, {}) if stepped is None else stepped
         valid = (segments != 0)[..., None]
         # Both ends: at the input, so that no NaN reaches a weight's gradient as 0 · NaN; at the output for biases.
         y = self.down(self.activate(self.up(torch.where(valid, x, 0.0))))

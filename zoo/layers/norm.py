@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ops.step import Around
 from zoo.block import tag
 from zoo.layers.checks import number
 
@@ -59,3 +60,15 @@ def norm(kind: str, width: int, eps: float | None = None) -> nn.Module:
     if eps is not None and number("norm_eps", eps) < 0:
         raise ValueError(f"norm_eps={eps} must not be negative; None is the norm's own default")
     return NORMS[kind](width) if eps is None else NORMS[kind](width, eps=eps)
+
+
+def around(norm: nn.Module, skip: float = 1.0, scale: float = 1.0) -> Around | None:
+    """A norm before a block and a residual around it, as `ops.step` takes them; None where the norm is another."""
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return None
+    kind = type(norm)
+    if isinstance(norm, RMSNorm) and kind in (RMSNorm, ZeroCenteredRMSNorm):
+        return Around(norm.weight, None, norm.eps, float(kind is ZeroCenteredRMSNorm), skip, scale)
+    if isinstance(norm, LayerNorm) and kind is LayerNorm and norm.bias is not None:
+        return Around(norm.weight, norm.bias, norm.eps, 0.0, skip, scale)
+    return None

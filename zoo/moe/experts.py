@@ -133,10 +133,11 @@ class SwiGLUExperts(Experts):
     def __init__(self, width: int, experts: int, hidden: int | None = None, *, bias: bool = False):
         hidden = gated_hidden(width) if hidden is None else check_hidden(hidden)
         super().__init__(width, experts, hidden, 2 * hidden, bias)
+        self.activation = F.silu
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         gate, value = inner.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return self.activation(gate) * value
 
     def shared(self, hidden: int) -> Block:
         return SwiGLU(self.width, hidden=hidden, bias=self.up_bias is not None)
@@ -149,11 +150,7 @@ class GEGLUExperts(SwiGLUExperts):
         self, width: int, experts: int, hidden: int | None = None, *, approximate: str = "none", bias: bool = False
     ):
         super().__init__(width, experts, hidden, bias=bias)
-        self.approximate, self.gate = approximate, gelu_by(approximate)
-
-    def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
-        gate, value = inner.chunk(2, dim=-1)
-        return self.gate(gate) * value
+        self.approximate, self.activation = approximate, gelu_by(approximate)
 
     def shared(self, hidden: int) -> Block:
         biased = self.up_bias is not None
@@ -170,10 +167,10 @@ class MLPExperts(Experts):
         self.activation_name, function = activation, activation_function(activation)
         hidden = 4 * width if hidden is None else check_hidden(hidden)
         super().__init__(width, experts, hidden, hidden, bias)
-        self.function = function
+        self.activation = function
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
-        return self.function(inner)
+        return self.activation(inner)
 
     def shared(self, hidden: int) -> Block:
         biased = self.up_bias is not None

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.precision import autocasting
+from ops.step import BARE, Around
 from zoo.block import Block, Out, State, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.linear import Linear
 from zoo.moe import losses
 from zoo.moe.experts import Experts, build_experts
+from zoo.moe.moe_step import one_token
 from zoo.moe.parallel import Exchange
 from zoo.moe.routers import Router, Routing, build_router
 
@@ -75,7 +77,8 @@ class MoE(Block):
 
     aux: "loss/load_balance", "loss/router_z" (weighted), "stat/load" (each expert's share of choices, before any is
     dropped), "stat/dropped" (share of choices dropped), "stat/router_entropy" (nats), "sum/choices" (while training:
-    how many choices fell on each expert), and the router's own.
+    how many choices fell on each expert), and the router's own. Where a model decodes on a CPU, one token at once
+    (`one_token`), there are none.
 
     Cost (T tokens, D = width, b bytes a number):
         train time: O(T D (experts + top_k hidden + shared_experts shared_hidden))
@@ -142,6 +145,10 @@ class MoE(Block):
             bias = self.out_bias.to(y.dtype)
             y = y + (bias if segments is None else torch.where((segments != 0)[..., None], bias, 0.0))
         return Out(y, state, self.aux(routing, counts, segments))
+
+    def one_token(self, x: Tensor, state: State | None, around: Around = BARE) -> Out | None:
+        """A call by its model alone; `forward` gives the losses and statistics of a single token too."""
+        return one_token(self, x, state, around)
 
     def is_few(self, routing: Routing, x: Tensor) -> bool:
         """Whether to take each token in turn: decoding, where a call has no gradients and few choices."""

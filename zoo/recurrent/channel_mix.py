@@ -39,6 +39,10 @@ class ChannelMix(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         if state is not None:
             fresh = self.init_state(x.shape[0], device=x.device, dtype=state.shift.dtype)
             state = enter(state, fresh, segments)

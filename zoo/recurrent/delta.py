@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ops import delta_rule
+from ops import delta_rule, step
+from ops.step import BARE, Around
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
-from zoo.layers.linear import Linear
+from zoo.layers.linear import Linear, plain
 
 
 class DeltaState(NamedTuple):
@@ -65,6 +66,30 @@ class DeltaBlock(Block):
         """What out_proj is given for the heads' outputs."""
         raise NotImplementedError(f"{type(self).__name__} defines no read")
 
+    def native(self) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, float, bool]] | None:
+        """What `ops.step.delta` takes of the kind's own: its decay, and weight, eps and gate of its norm; None where
+        the kind has more than these."""
+        return None
+
+    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+        own = self.native()
+        if own is None or type(state) is not DeltaState or not plain(self.in_proj, self.out_proj):
+            return None
+        decay, norm = own
+        weights = (self.in_proj.weight, self.conv.weight, self.out_proj.weight)
+        if not (
+            step.takes(x, (*weights, *(decay or ()), norm[0], around.weight, around.bias))
+            and x.shape[2] == self.width
+            and step.holds(state.conv, len(x), self.conv.taps - 1, self.conv.channels)
+            and step.holds(state.S, len(x), self.heads, self.k_dim, self.v_dim)
+        ):
+            return None
+        from ops.step.delta import delta
+
+        strength = 2.0 if self.negative_eigenvalues else 1.0
+        y, conv, S = delta(x, state.conv, state.S, weights, self.key_heads, strength, decay, norm, around)
+        return Out(y, DeltaState(conv, S, leave(state.segment, None)), {})
+
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> DeltaState:
         dtype = dtype or self.in_proj.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -87,6 +112,10 @@ class DeltaBlock(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         carried = state
         if segments is not None:
             x = torch.where((segments != 0)[..., None], x, 0)  # a NaN at padding would reach weights' gradients

@@ -50,3 +50,6 @@ class DeltaNet(DeltaBlock):
         self, o: Float[Tensor, "batch time heads v_dim"], x: Float[Tensor, "batch time width"], parts: list[Tensor]
     ) -> Float[Tensor, "batch time heads v_dim"]:
         return self.norm(o)
+
+    def native(self) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, float, bool]] | None:
+        return None, (self.norm.weight, self.norm.eps, False)

@@ -67,3 +67,6 @@ class GatedDeltaNet(DeltaBlock):
         self, o: Float[Tensor, "batch time heads v_dim"], x: Float[Tensor, "batch time width"], parts: list[Tensor]
     ) -> Float[Tensor, "batch time heads v_dim"]:
         return self.norm(o, parts[1].unflatten(-1, (self.heads, -1)))
+
+    def native(self) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, float, bool]] | None:
+        return (self.A_log, self.dt_bias), (self.norm.weight, self.norm.eps, True)

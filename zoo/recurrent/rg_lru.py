@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops import linear_recurrence
+from ops import linear_recurrence, step
 from ops import segments as seg
+from ops.step import BARE, Around
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
-from zoo.layers.linear import Linear
+from zoo.layers.linear import Linear, plain
 
 STEEPEST = 1000.0  # bound of the square root's slope (2402.19427, appendix A)
 
@@ -134,6 +135,10 @@ class RGLRU(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         carried = state
         if segments is not None:
             x = torch.where((segments != 0)[..., None], x, 0)  # a NaN at padding would reach weights' gradients
@@ -149,6 +154,27 @@ class RGLRU(Block):
         if state is None:
             return Out(y, None, {})
         return Out(y, RGLRUState(conv, last.to(state.h.dtype), leave(state.segment, segments)), {})
+
+    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+        if type(state) is not RGLRUState or not plain(self.y_proj, self.x_proj, self.out_proj):
+            return None
+        maps = (self.y_proj, self.x_proj, self.conv, self.out_proj)
+        weights, biases = tuple(each.weight for each in maps), tuple(each.bias for each in maps)
+        gate, decay = self.input_gate, self.decay_gate
+        gates = ((gate.weight, gate.bias), (decay.weight, decay.bias))
+        rest = (*gates[0], *gates[1], self.Lambda, around.weight, around.bias)
+        if not (
+            step.takes(x, (*weights, *biases, *rest))
+            and x.shape[2] == self.width
+            and step.holds(state.conv, len(x), self.conv.taps - 1, self.inner)
+            and step.holds(state.h, len(x), self.inner)
+        ):
+            return None
+        from ops.step.rg_lru import rg_lru
+
+        first = state.segment == 0
+        y, conv, h = rg_lru(x, state.conv, state.h, first, weights, biases, gates, self.Lambda, self.c, around)
+        return Out(y, RGLRUState(conv, h, leave(state.segment, None)), {})
 
     def recurrence(
         self, u: Float[Tensor, "batch time inner"], first: Bool[Tensor, "batch time"]

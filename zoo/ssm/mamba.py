@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ops import selective_scan
+from ops import selective_scan, step
+from ops.step import BARE, Around
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
-from zoo.layers.linear import Linear
+from zoo.layers.linear import Linear, plain
 from zoo.layers.norm import RMSNorm
 from zoo.layers.wide import WideLinear
 
@@ -120,6 +121,10 @@ class Mamba(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         carried = None
         if state is not None:
             carried = state if segments is None else enter(state, self._initial(state, x), segments)
@@ -147,6 +152,30 @@ class Mamba(Block):
             return Out(y, None, {})
         return Out(y, MambaState(conv, scan, leave(state.segment, segments)), {})
 
+    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+        if type(state) is not MambaState or not plain(self.in_proj, self.x_proj, self.out_proj, wide=(self.dt_proj,)):
+            return None
+        norms = None
+        if self.inner_norm_eps is not None:
+            norms = tuple(_weight(each) for each in (self.dt_norm, self.B_norm, self.C_norm))
+        linears = (self.in_proj, self.conv, self.x_proj, self.dt_proj, self.out_proj)
+        weights = tuple(each.weight for each in linears)
+        biases = tuple(each.bias for each in linears)
+        rest = (self.A_log, self.D, *(norms or ()), around.weight, around.bias)
+        batch = len(x)
+        if not (
+            step.takes(x, (*weights, *biases, *rest))
+            and x.shape[2] == self.width
+            and step.holds(state.conv, batch, self.conv.taps - 1, self.inner)
+            and step.holds(state.scan, batch, self.inner, self.state_size)
+        ):
+            return None
+        from ops.step.mamba import mamba
+
+        eps = self.inner_norm_eps or 0.0
+        y, conv, scan = mamba(x, state.conv, state.scan, weights, biases, self.A_log, self.D, norms, eps, around)
+        return Out(y, MambaState(conv, scan, leave(state.segment, None)), {})
+
     def _initial(self, state: MambaState, x: Tensor) -> MambaState:
         """What a row begins another document with, in the given state's own dtypes."""
         return self.init_state(x.shape[0], device=x.device, dtype=state.conv.dtype)
@@ -172,6 +201,13 @@ def _norm(inner_norm: bool | str, width: int, eps: float | None) -> nn.Module:
     if eps is None:
         return nn.Identity()
     return RMSNorm(width, eps) if inner_norm is True else nn.RMSNorm(width, eps=eps, elementwise_affine=False)
+
+
+def _weight(norm: nn.Module) -> Tensor:
+    if isinstance(norm, RMSNorm):
+        return norm.weight
+    assert isinstance(norm, nn.RMSNorm)
+    return torch.ones(norm.normalized_shape)
 
 
 def _mask(x: Float[Tensor, "batch time width"], segments: Int[Tensor, "batch time"] | None) -> Tensor:

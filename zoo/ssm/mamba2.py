@@ -10,12 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ops import ssd
+from ops import ssd, step
+from ops.step import BARE, Around
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.gated_norm import GatedRMSNorm
-from zoo.layers.linear import Linear
+from zoo.layers.linear import Linear, plain
 
 
 class Mamba2State(NamedTuple):
@@ -120,6 +121,10 @@ class Mamba2(Block):
         segments: Int[Tensor, "batch time"] | None = None,
     ) -> Out:
         self.check(x, state, segments)
+        if x.shape[1] == 1 and segments is None:
+            stepped = self.one_token(x, state)
+            if stepped is not None:
+                return stepped
         carried = None
         if state is not None:
             carried = state if segments is None else enter(state, self._initial(state, x), segments)
@@ -149,6 +154,27 @@ class Mamba2(Block):
         if state is None:
             return Out(y, None, {})
         return Out(y, Mamba2State(conv, last, leave(state.segment, segments)), {})
+
+    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+        if type(state) is not Mamba2State or not plain(self.in_proj, self.out_proj):
+            return None
+        linears = (self.in_proj, self.conv, self.out_proj)
+        weights, biases = tuple(each.weight for each in linears), tuple(each.bias for each in linears)
+        heads = (self.A_log, self.D, self.dt_bias)
+        if not (
+            step.takes(x, (*weights, *biases, *heads, self.norm.weight, around.weight, around.bias))
+            and x.shape[2] == self.width
+            and step.holds(state.conv, len(x), self.conv.taps - 1, self.sizes[1])
+            and step.holds(state.ssd, len(x), self.heads, self.state_size, self.head_dim)
+        ):
+            return None
+        from ops.step.mamba2 import mamba2
+
+        low, high = (0.0, None) if self.dt_limit is None else self.dt_limit
+        limit = (low, math.inf if high is None else high)
+        norm = (self.norm.weight, self.norm.groups, self.norm.before_gate, self.norm.eps)
+        y, conv, last = mamba2(x, state.conv, state.ssd, weights, biases, heads, self.groups, limit, norm, around)
+        return Out(y, Mamba2State(conv, last, leave(state.segment, None)), {})
 
     def _initial(self, state: Mamba2State, x: Tensor) -> Mamba2State:
         """What a row begins another document with, in the given state's own dtypes."""

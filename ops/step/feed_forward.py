@@ -1,0 +1,77 @@
+"""One token of a gated or plain feed-forward block."""
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ops.linear.kernels import OPTIONS, product
+from ops.native_array import array
+from ops.step import Around
+from ops.step.norm import finish, normed, unpack
+from ops.step.parts import EXACT, NOTHING, gelu_tanh, plus, silu
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+def feed_forward(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, gated: bool,
+    around: Around,
+) -> Tensor:  # fmt: skip
+    """down · (f(gate) ⊙ value) with [gate; value] = up · x, or down · f(up · x); x [batch, 1, width].
+
+    The caller has asked `ops.step.takes`.
+    """
+    y = torch.empty(x.shape[0], 1, down.shape[0])
+    biases = tuple(NOTHING if each is None else array(each) for each in (up_bias, down_bias))
+    rows, kind = array(x.contiguous())[:, 0], ACTIVATIONS.index(activation)
+    _run(rows, unpack(around), array(up), array(down), biases, kind, gated, y.numpy()[:, 0])
+    return y
+
+
+@njit(**EXACT)
+def activate(values, kind):
+    """values ← f(values); one loop each, so that it becomes vector instructions."""
+    zero, half = np.float32(0), np.float32(0.5)
+    if kind == 0:
+        silu(values)
+    elif kind == 1:
+        for i in range(len(values)):
+            values[i] = half * values[i] * np.float32(1 + math.erf(values[i] * np.float32(0.7071067811865476)))
+    elif kind == 2:
+        gelu_tanh(values)
+    elif kind == 3:
+        for i in range(len(values)):
+            values[i] = max(values[i], zero)
+    else:
+        for i in range(len(values)):
+            v = max(values[i], zero)
+            values[i] = v * v
+
+
+@njit(**OPTIONS)
+def apply(x, up, down, biases, kind, gated, y):
+    """The block alone, for kernels; the second bias is left to the caller."""
+    rows, hidden = len(x), down.shape[1]
+    inner = np.empty((rows, len(up)), np.float32)
+    kept = np.empty((rows, hidden), np.float32)
+    product(0, len(up), up, x, inner)
+    plus(inner, biases[0])
+    for row in range(rows):
+        values = inner[row]
+        activate(values[:hidden], kind)
+        if gated:
+            for i in range(hidden):
+                kept[row, i] = values[i] * values[hidden + i]
+        else:
+            for i in range(hidden):
+                kept[row, i] = values[i]
+    product(0, len(down), down, kept, y)
+
+
+@njit(**OPTIONS)
+def _run(x, around, up, down, biases, kind, gated, y):
+    apply(normed(x, around), up, down, biases, kind, gated, y)
+    finish(x, y, biases[1], around)
