@@ -18,7 +18,7 @@ LAYERS = [
     FAMILIES,
     ("zoo.config",),
     ("zoo.model",),
-    ("zoo.describe", "zoo.hf"),
+    ("zoo.describe", "zoo.graphs", "zoo.hf"),
     ("zoo.convert",),
     ("train", "zoo.cli"),
 ]

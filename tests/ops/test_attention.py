@@ -388,7 +388,8 @@ def test_gpu_implementations(impl, dtype, packed, options):
 
 
 @pytest.mark.gpu
-def test_gpu_every_triton_configuration(monkeypatch):
+@pytest.mark.parametrize("d", [40, 128, 200])  # blocks of 64, of 128, and of 256, for which few configurations are left
+def test_gpu_every_triton_configuration(monkeypatch, d):
     """Values and gradients of each configuration that autotuning may pick."""
     import importlib
 
@@ -396,11 +397,11 @@ def test_gpu_every_triton_configuration(monkeypatch):
 
     module = importlib.import_module("ops.attention.triton")
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = qkv(150, 170, d=40, dv=40, batch=2, dtype=dtype, device="cuda")
+        tensors = qkv(150, 170, d=d, dv=d, batch=2, dtype=dtype, device="cuda")
         exact = [each.detach().double().requires_grad_() for each in tensors]
         options = {"window": 70, "sinks": 2, "softcap": 5.0}
         wanted = outcome(exact, "reference", **options)
-        for config in module._fitting(module.configs(), {"Q": tensors[0]}, PD=64):
+        for config in module._fitting(module.configs(), {"Q": tensors[0]}, PD=triton.next_power_of_2(d)):
             kernels = {
                 name: triton.autotune(configs=[config], key=[])(kernel.fn) for name, kernel in module.KERNELS.items()
             }

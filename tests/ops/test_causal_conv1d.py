@@ -227,12 +227,20 @@ def test_bad_input(change, error, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [(32, 64), (8, 128), None])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("time", [1, 5, 40, 700])
-def test_on_gpu(impl, packed, time):
-    inputs = [each.cuda() for each in arguments(4, time, channels=200)]
-    segments = ids(4, time).cuda() if packed else None
-    wanted = outcome([each.cpu() for each in inputs], "chunked", None if segments is None else segments.cpu())
-    for found, want in zip(outcome(inputs, impl, segments), wanted, strict=True):
-        torch.testing.assert_close(found.cpu(), want)
+def test_on_gpu(monkeypatch, time, packed, block, dtype):
+    """Values and gradients with every block a program takes (None: of the chunked form)."""
+    assert triton_conv.BLOCKS == ((32, 64), (8, 128))
+    if block is not None:
+        monkeypatch.setattr(triton_conv, "BLOCKS", (block,))
+    inputs = [each.to(dtype) for each in arguments(4, time, channels=200)]
+    segments = ids(4, time) if packed else None
+    wanted = outcome([each.double() for each in inputs], "chunked", segments, activation="silu")
+    impl, there = "chunked" if block is None else "triton", None if segments is None else segments.cuda()
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for found, want in zip(outcome([e.cuda() for e in inputs], impl, there, activation="silu"), wanted, strict=True):
+        scale = want.abs().max().clamp_min(1).item()  # a gradient is a sum of many terms
+        torch.testing.assert_close(found.cpu().double(), want, rtol=0, atol=tolerance * scale)

@@ -216,7 +216,7 @@ def test_errors(change, error, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_configuration_on_a_gpu(dtype):
-    """Values of both kernels in every autotune configuration (gradients are made of the same two)."""
+    """Values of both kernels in every autotune configuration."""
     from ops.grouped_mm.triton import OUTER_CONFIGS, ROWS_CONFIGS, launch_outer, launch_rows
 
     sizes = torch.tensor([130, 0, 1, 77, 300]).cuda()
@@ -233,6 +233,32 @@ def test_every_configuration_on_a_gpu(dtype):
         pairs = list(itertools.pairwise([0, *sizes.cumsum(0).tolist()]))
         wanted = torch.stack([x[a:b].double().T @ y[a:b].double() for a, b in pairs])
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, msg=lambda m, c=config: f"{c}: {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", range(6))
+def test_gradients_of_every_configuration_on_a_gpu(monkeypatch, number, dtype):
+    """The same kernels on what the backward pass hands them: matrices read transposed."""
+    import triton
+
+    from ops.grouped_mm import triton as ours
+
+    rows, outers = ours.ROWS_CONFIGS, ours.OUTER_CONFIGS
+    assert max(len(rows), len(outers)) == 6
+    for name, configs, kernel in (("_rows", rows, ours.rows_kernel), ("_outer", outers, ours.outer_kernel)):
+        chosen = configs[number % len(configs)]
+        monkeypatch.setattr(ours, f"{name}_tuned", triton.autotune([chosen], key=[])(kernel))
+    x, weight, sizes = make(531, [130, 0, 1, 77, 300], k=136, n=200, dtype=dtype)
+    direction = torch.randn(531, 200, dtype=dtype)
+    wide = x.double().detach().requires_grad_(), weight.double().detach().requires_grad_()
+    wanted = with_gradients(lambda x, w: grouped_mm(x, w, sizes, impl="reference"), *wide, direction.double())
+    placed = x.detach().cuda().requires_grad_(), weight.detach().cuda().requires_grad_()
+    found = with_gradients(lambda x, w: grouped_mm(x, w, sizes.cuda(), impl="triton"), *placed, direction.cuda())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for each, other in zip(found, wanted, strict=True):
+        scale = other.abs().max().item()
+        torch.testing.assert_close(each.cpu().double(), other, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.gpu
