@@ -69,7 +69,9 @@ class _Pairs(Function):
             after, before = _meet(sums)
             if q is not None and k is not None:
                 after, before = after * _halves(q, sums.size)[1], before * _halves(k, sums.size)[0]
-            _corners(seen, sums.size).copy_((after @ before.mT).movedim(-3, -1))
+            # A batch of products of single tokens is slow as such.
+            met = after @ before.mT if sums.size > 1 else (after * before).sum(-1, keepdim=True)
+            _corners(seen, sums.size).copy_(met.movedim(-3, -1))
         # Not in place: torch.compile of torch 2.11 keeps the sums from before for the backward pass.
         weights = sums.read.exp(), sums.keep.exp(), sums.total.squeeze(-3).exp()
         ctx.save_for_backward(q, k, log_decay, read, *weights)
@@ -93,7 +95,7 @@ class _Pairs(Function):
             corner = _corners(dseen, size).movedim(-1, -3)
             query = after if q is None else after * _halves(q, size)[1]
             key = before if k is None else before * _halves(k, size)[0]
-            dquery, dkey = corner @ key, corner.mT @ query
+            dquery, dkey = (corner @ key, corner.mT @ query) if size > 1 else (corner * key, corner * query)
             upper.add_((dquery * query).sum_to_size(upper.shape))
             lower.add_((dkey * key).sum_to_size(lower.shape))
             if dq is not None and dk is not None:

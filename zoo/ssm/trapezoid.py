@@ -167,7 +167,8 @@ def turn(
     x: Float[Tensor, "*rows n"], cos: Float[Tensor, "*angles pairs"], sin: Float[Tensor, "*angles pairs"]
 ) -> Float[Tensor, "*rows n"]:
     """Components (2i, 2i + 1) of x turned by angle i; those beyond the last pair stay."""
-    turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    # Not slices: the gradient of each would fill a tensor of x's size with zeros.
+    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
