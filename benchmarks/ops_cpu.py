@@ -1,142 +1,235 @@
-"""Time of each op's implementations on the CPU, forward and with backward: `python -m benchmarks.ops_cpu`.
+"""Time of the ops' CPU implementations beside peers, forward and with backward: part of `python -m benchmarks`; alone
+`python -m benchmarks.ops_cpu [GROUP ...] [--slow]`.
 
-Medians of several runs in one process, in milliseconds, float32, all of torch's threads. Writes
-benchmarks/results/ops_cpu.json. The peers are torch's own way to the same result, where it has one.
+float32, all of torch's threads, medians of one process with the contestants in turns. Peers are the loops and chunked
+forms of transformers, mambapy's parallel scan and torch's own operations. `--slow` also runs the backward pass of
+transformers' loop of the selective scan, which takes minutes. Roof: the bytes of inputs and outputs (and of their
+gradients), each once, and the arithmetic of the recurrence, an exponential counted as one operation.
 """
 
-import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+import importlib
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import conv1d, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
 
 import ops
+from benchmarks.measure import OURS, Roof, Work, contest, measure_roof, write
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def median(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median and spread (largest less smallest) in milliseconds, after one call to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times), max(times) - min(times)
+Run = Callable[..., Tensor]
+Rows = list[dict[str, Any]]
 
 
-def measure(name: str, shape: str, run: Callable[..., torch.Tensor], inputs: list[torch.Tensor], repeats: int) -> dict:
-    """One row: `run(*inputs)` alone, and with the gradients of its sum with respect to every input."""
+def peer(module: str, name: str, use: Callable[[Any], Run]) -> Run | str:
+    """What `use` makes of a peer's function, or why it is not there."""
+    try:
+        return use(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError) as error:
+        return f"absent: {error}"
 
-    def backward() -> None:
+
+def versus(
+    task: str,
+    shape: str,
+    inputs: list[Tensor],
+    runs: Mapping[str, Run | str],
+    flops: float,
+    slow: Mapping[str, str] | None = None,
+    repeats: int = 7,
+) -> Rows:
+    """Rows of the forward pass alone, and with the gradients of the output's sum. `slow`: who is left out of the
+    latter, and why."""
+    moved = 4 * sum(each.numel() for each in inputs)
+    with torch.no_grad():
+        made = next(run for run in runs.values() if not isinstance(run, str))(*inputs)
+    moved += 4 * made.numel()
+
+    @torch.no_grad()
+    def forward(run: Run) -> None:
+        run(*inputs)
+
+    def both(run: Run) -> None:
         leaves = [each.detach().requires_grad_() for each in inputs]
         torch.autograd.grad(run(*leaves).sum(), leaves)
 
-    with torch.no_grad():
-        forward, spread = median(lambda: run(*inputs), repeats)
-    both, spread_both = median(backward, repeats)
-    row = {"op": name, "shape": shape, "forward_ms": forward, "forward_spread_ms": spread}
-    print(f"{name:42s} {forward:9.1f} {both:9.1f}", flush=True)
-    return row | {"forward_backward_ms": both, "forward_backward_spread_ms": spread_both}
+    def calls(of: Callable[[Run], None], without: Mapping[str, str]) -> dict[str, Callable[[], None] | str]:
+        return {
+            name: without[name] if name in without else run if isinstance(run, str) else lambda run=run: of(run)
+            for name, run in runs.items()
+        }
+
+    rows = contest(f"{task} forward", shape, calls(forward, {}), work=Work(flops, moved), repeats=repeats)
+    # Backward reads inputs and the output's gradient and writes the inputs' gradients.
+    work = Work(3 * flops, 3 * moved)
+    return rows + contest(f"{task} with backward", shape, calls(both, slow or {}), work=work, repeats=repeats)
 
 
-def scan(repeats: int) -> list[dict]:
+def selective_scan(slow: bool) -> Rows:
     batch, length, channels, n = 2, 2048, 1024, 16
     x, z = torch.randn(2, batch, length, channels)
     dt = torch.rand(batch, length, channels) * 0.1
     A, D = -torch.arange(1.0, n + 1).repeat(channels, 1), torch.ones(channels)
     B, C = torch.randn(2, batch, length, n)
+
+    def loop(function: Any) -> Run:
+        return lambda x, dt, A, B, C, D, z: function(x.mT, dt.mT, A, B.mT, C.mT, D, z.mT).mT
+
+    def parallel(pscan: Any) -> Run:
+        def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor) -> Tensor:
+            states = pscan(torch.exp(dt[..., None] * A), dt[..., None] * B[:, :, None] * x[..., None])
+            return ((states @ C[..., None])[..., 0] + D * x) * silu(z)
+
+        return run
+
+    runs = {
+        OURS: lambda *a: ops.selective_scan(*a)[0],
+        "zoo, chunked": lambda *a: ops.selective_scan(*a, impl="chunked")[0],
+        "transformers, loop": peer("transformers.models.mamba.modeling_mamba", "mamba_selective_scan", loop),
+        "mambapy, pscan": peer("mambapy.pscan", "pscan", parallel),
+    }
     shape = f"batch {batch}, time {length}, channels {channels}, states {n}"
-    run = lambda impl: lambda *a: ops.selective_scan(*a, impl=impl)[0]  # noqa: E731
-    return [
-        measure(f"selective_scan {impl}", shape, run(impl), [x, dt, A, B, C, D, z], count)
-        for impl, count in (("native", repeats), ("chunked", 2))
-    ]
+    left_out = {} if slow else {"transformers, loop": "takes minutes; run with --slow"}
+    flops = 9 * batch * length * channels * n
+    return versus("selective_scan", shape, [x, dt, A, B, C, D, z], runs, flops, left_out, 5)
 
 
-def recurrences(repeats: int) -> list[dict]:
+def wkv(slow: bool) -> Rows:
     batch, length, channels = 2, 2048, 1024
     k, v = torch.randn(2, batch, length, channels)
-    decay, bonus = -torch.rand(channels), torch.randn(channels)
+    decay, bonus = torch.rand(channels), torch.randn(channels)
+
+    def loop(function: Any) -> Run:
+        return lambda k, v, decay, bonus: function(decay, bonus, k, v)[0]
+
+    runs = {
+        OURS: lambda k, v, decay, bonus: ops.wkv(k, v, -decay.exp(), bonus)[0],
+        "zoo, chunked": lambda k, v, decay, bonus: ops.wkv(k, v, -decay.exp(), bonus, impl="chunked")[0],
+        "transformers, loop": peer("transformers.models.rwkv.modeling_rwkv", "rwkv_linear_attention_cpu", loop),
+    }
     shape = f"batch {batch}, time {length}, channels {channels}"
-    found = []
-    for impl, count in (("native", repeats), ("chunked", 2)):
-        wkv = lambda *a, impl=impl: ops.wkv(*a, impl=impl)[0]  # noqa: E731
-        found.append(measure(f"wkv {impl}", shape, wkv, [k, v, decay, bonus], count))
-    weight, bias = torch.randn(channels, 4), torch.randn(channels)
-    for impl in ("native", "chunked"):
-        convolve = lambda *a, impl=impl: ops.causal_conv1d(*a, activation="silu", impl=impl)[0]  # noqa: E731
-        found.append(measure(f"causal_conv1d {impl}", shape, convolve, [k, weight, bias], repeats))
-
-    def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        y = conv1d(x.mT, weight[:, None], bias, padding=3, groups=channels)[..., :length]
-        return torch.nn.functional.silu(y.mT)
-
-    return [*found, measure("causal_conv1d as F.conv1d", shape, plain, [k, weight, bias], repeats)]
+    return versus("wkv", shape, [k, v, decay, bonus], runs, 17 * k.numel(), repeats=5)
 
 
-def windows(repeats: int) -> list[dict]:
+def linear_recurrence(slow: bool) -> Rows:
+    batch, length, channels = 2, 2048, 1024
+    x, a = torch.randn(batch, length, channels), torch.rand(batch, length, channels)
+
+    def loop(rglru: Any) -> Run:
+        first = torch.zeros(batch, length, 1, dtype=torch.bool)
+        return lambda x, a: rglru._rnn_scan(None, x, a, first, None)[0]
+
+    module = "transformers.models.recurrent_gemma.modeling_recurrent_gemma"
+    runs = {
+        OURS: lambda x, a: ops.linear_recurrence(x, a)[0],
+        "zoo, chunked": lambda x, a: ops.linear_recurrence(x, a, impl="chunked")[0],
+        "transformers, loop": peer(module, "RecurrentGemmaRglru", loop),
+    }
+    return versus(
+        "linear_recurrence",
+        f"batch {batch}, time {length}, channels {channels}",
+        [x, a],
+        runs,
+        2 * x.numel(),
+        repeats=5,
+    )
+
+
+def causal_conv1d(slow: bool) -> Rows:
+    batch, length, channels = 2, 2048, 1024
+    x, weight, bias = torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return silu(conv1d(x.mT, weight[:, None], bias, padding=3, groups=channels)[..., :length].mT)
+
+    runs = {
+        OURS: lambda *a: ops.causal_conv1d(*a, activation="silu")[0],
+        "zoo, chunked": lambda *a: ops.causal_conv1d(*a, activation="silu", impl="chunked")[0],
+        "torch, conv1d": plain,
+    }
+    shape = f"batch {batch}, time {length}, channels {channels}, taps 4"
+    return versus("causal_conv1d", shape, [x, weight, bias], runs, 11 * x.numel())
+
+
+def delta_rule(slow: bool) -> Rows:
+    batch, length, heads, d = 2, 1024, 8, 64
+    q, k, v = torch.nn.functional.normalize(torch.randn(3, batch, length, heads, d), dim=-1)
+    beta, decay = torch.rand(batch, length, heads), -torch.rand(batch, length, heads)
+
+    def chunks(function: Any) -> Run:
+        return lambda q, k, v, beta, decay: function(q, k, v, decay, beta)[0]
+
+    module = "transformers.models.qwen3_next.modeling_qwen3_next"
+    runs = {
+        OURS: lambda q, k, v, beta, decay: ops.delta_rule(q, k, v, beta, log_decay=decay, scale=d**-0.5)[0],
+        "transformers, chunks": peer(module, "torch_chunk_gated_delta_rule", chunks),
+    }
+    flops = 7 * batch * length * heads * d * d
+    shape = f"batch {batch}, time {length}, heads {heads}, d {d}"
+    return versus("delta_rule, a decay a head", shape, [q, k, v, beta, decay], runs, flops, repeats=5)
+
+
+def ssd(slow: bool) -> Rows:
+    batch, length, heads, p, n = 2, 1024, 16, 64, 128
+    x, dt = torch.randn(batch, length, heads, p), torch.rand(batch, length, heads) * 0.1
+    A, B, C = -torch.rand(heads) - 1, *torch.randn(2, batch, length, 1, n)
+
+    def chunks(function: Any) -> Run:
+        def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            found = function(x, dt, A, B, C, 64)
+            return found[0] if isinstance(found, tuple) else found
+
+        return run
+
+    module = "transformers.models.mamba2.modeling_mamba2"
+    runs = {
+        OURS: lambda *a: ops.ssd(*a)[0],
+        "transformers, chunks of 64": peer(module, "mamba2_chunk_scan", chunks),
+    }
+    shape = f"batch {batch}, time {length}, heads {heads}, p {p}, n {n}"
+    return versus("ssd", shape, [x, dt, A, B, C], runs, 5 * batch * length * heads * p * n, repeats=5)
+
+
+def windows(slow: bool) -> Rows:
     batch, length, heads, d, window = 8, 512, 4, 32, 128
     q, k, v = torch.randn(3, batch, length, heads, d)
-    shape = f"batch {batch}, time {length}, heads {heads}, d {d}, window {window}"
     distance = torch.arange(length)[:, None] - torch.arange(length)
     mask = (distance >= 0) & (distance < window)
 
-    def masked(*tensors: torch.Tensor) -> torch.Tensor:
+    def masked(*tensors: Tensor) -> Tensor:
         return scaled_dot_product_attention(*(each.transpose(1, 2) for each in tensors), attn_mask=mask)
 
-    ours = lambda *a: ops.attention(*a, window=window)  # noqa: E731
-    return [
-        measure("attention, window", shape, ours, [q, k, v], repeats),
-        measure("attention, sdpa with a mask", shape, masked, [q, k, v], repeats),
-    ]
+    runs = {OURS: lambda *a: ops.attention(*a, window=window), "torch, sdpa with a mask": masked}
+    shape = f"batch {batch}, time {length}, heads {heads}, d {d}, window {window}"
+    return versus("attention, window", shape, [q, k, v], runs, 4 * q.numel() * window, repeats=11)
 
 
-def groups(repeats: int) -> list[dict]:
-    rows, k, n, count = 4096, 128, 256, 8
-    x, weight = torch.randn(rows, k), torch.randn(count, k, n)
-    sizes = torch.full((count,), rows // count)
-    shape = f"rows {rows}, k {k}, n {n}, groups {count}"
-    found = [
-        measure(f"grouped_mm {impl}", shape, lambda *a, i=impl: ops.grouped_mm(*a, sizes, impl=i), [x, weight], repeats)
-        for impl in ("chunked", "torch", "reference")
-    ]
-    return [*found, measure("grouped_mm as one dense product", shape, torch.mm, [x, weight[0]], repeats)]
-
-
-def machine() -> dict:
-    """What the numbers hold for."""
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
+def linear(slow: bool) -> Rows:
+    x, weights = torch.randn(1, 512), torch.randn(4, 32000, 512)  # four, so that none is in the cache
+    turn = iter(range(10**9))
+    work = Work(2 * weights[0].numel(), 4 * weights[0].numel())
+    calls = {
+        OURS: torch.no_grad()(lambda: ops.linear(x, weights[next(turn) % 4])),
+        "torch, linear": torch.no_grad()(lambda: torch.nn.functional.linear(x, weights[next(turn) % 4])),
     }
+    return contest("linear, one row", "outputs 32000, inputs 512", calls, work=work, repeats=21)
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+GROUPS: dict[str, Callable[[bool], Rows]] = {
+    each.__name__: each
+    for each in (selective_scan, wkv, linear_recurrence, causal_conv1d, delta_rule, ssd, windows, linear)
+}
 
 
-def main() -> None:
+def main(names: list[str], slow: bool = False, roof: Roof | None = None) -> None:
     torch.manual_seed(0)
-    print(f"{'milliseconds':42s} {'forward':>9s} {'+backward':>9s}")
-    rows = [*scan(5), *recurrences(7), *windows(11), *groups(21)]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ops_cpu.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    roof = measure_roof() if roof is None else roof
+    rows = [row for name in names or GROUPS for row in GROUPS[name](slow)]
+    if not names:
+        write("ops_cpu", "# Ops on the CPU", rows, roof)
 
 
 if __name__ == "__main__":
-    main()
+    main([each for each in sys.argv[1:] if each != "--slow"], "--slow" in sys.argv)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import ops
-from benchmarks.ops_cpu import RESULTS, machine
+from benchmarks.measure import RESULTS, machine
 
 BATCH, HEADS, D = 1, 2, 32
 TIMES = [1024 * 2**n for n in range(6)]

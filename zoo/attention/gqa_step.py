@@ -43,7 +43,7 @@ def one_token(block: GQA, x: Tensor, state: KVState | RingState | None, around: 
         turning = Turning(theta, block.position.length, block.position.layout == "interleaved")
     if norms:
         centre = 1.0 if isinstance(q_norm, ZeroCenteredRMSNorm) else 0.0
-        norm = HeadNorm(norms[0], norms[1], block.qk_norm_eps or 0.0, centre)
+        norm = HeadNorm(norms[0], norms[1], q_norm.eps if isinstance(q_norm, RMSNorm) else 0.0, centre)
     y = attention(
         x,
         (block.qkv.weight, block.qkv.bias),
