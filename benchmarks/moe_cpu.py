@@ -49,7 +49,8 @@ def fill(block: Any, peer: Any) -> None:
 
 
 def train(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> Callable[[], None]:
-    leaf, dy = x.clone().requires_grad_(), torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    dy = torch.randn_like(run(leaf))
 
     def both() -> None:
         run(leaf).backward(dy)
