@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ops_cpu import RESULTS
+from benchmarks.measure import RESULTS
 from benchmarks.quality.models import MIXERS, PARAMETERS, TOLERANCE, WIDTH
 from benchmarks.quality.training import SETTINGS, described
 

@@ -10,7 +10,7 @@ from torch import Generator
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.ops_cpu import machine
+from benchmarks.measure import machine
 from benchmarks.quality.models import LAYERS, MIXERS, WIDTH, count, matched
 from benchmarks.quality.tasks import IGNORED, AssociativeRecall, InductionHeads, SelectiveCopying, Task
 from train.optim import OptimizerConfig, ScheduleConfig, build
