@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops import segments as seg
-from ops.dispatch import Implementation, Op, refuse_triton, tensors
+from ops.dispatch import Implementation, Op, refuse_native, refuse_triton, tensors
 
 LIMIT = 8192  # tokens and taps that the Triton kernel takes: its work grows with their product
 SHORT = 512  # tokens and taps up to which `auto` prefers it to transforms
@@ -26,6 +26,12 @@ def _chunked(**arguments: Any) -> Tensor:
     from ops.long_conv.chunked import chunked
 
     return chunked(**arguments)
+
+
+def _native(**arguments: Any) -> Tensor:
+    from ops.long_conv.native import native
+
+    return native(**arguments)
 
 
 def _triton(**arguments: Any) -> Tensor:
@@ -51,8 +57,15 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
     return refuse_triton(arguments, forced)
 
 
+def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
+    if not forced and arguments["x"].shape[1] <= DIRECT:
+        return "a few tokens are as fast in PyTorch"
+    return refuse_native(arguments, forced)
+
+
 _OP = Op(
     "long_conv",
+    Implementation("native", _native, _refuse_native),
     Implementation("triton", _triton, _refuse_triton),
     Implementation("chunked", _chunked),
     Implementation("reference", _reference),
@@ -83,10 +96,10 @@ def long_conv(
 
     Returns y in x's dtype; sums are made in the widest of the inputs' dtypes and float32. Every input has a gradient.
 
-    `impl`: "auto", "triton" (CUDA; direct sums), "chunked" (any device; transforms, direct sums for up to 4 tokens) or
-    "reference" (a loop over time).
-    Cost, with n = past + time: O(batch·channels·n log n) for "chunked", and as much memory as a few copies of x;
-    2·batch·channels·time·min(taps, n) FLOPs for "triton" and "reference". "chunked" and "triton" keep their inputs
+    `impl`: "auto", "native" (numba on a CPU; transforms of its own), "triton" (CUDA; direct sums), "chunked" (any
+    device; transforms, direct sums for up to 4 tokens) or "reference" (a loop over time).
+    Cost, with n = past + time: O(batch·channels·n log n) for "native" and "chunked", and as much memory as a few copies
+    of x; 2·batch·channels·time·min(taps, n) FLOPs for "triton" and "reference". All but "reference" keep their inputs
     alone for the backward pass; with segments they wait for the device to know the documents' lengths. A transform's
     rounding error is relative to the largest values of its document, not to those of the token.
 

@@ -13,7 +13,7 @@ from ops.long_conv import DIRECT, LIMIT, SHORT
 from ops.long_conv.fft import good_size
 from ops.long_conv.packing import SHORTEST, groups
 
-IMPLEMENTATIONS = ("chunked", "triton")
+IMPLEMENTATIONS = ("native", "chunked", "triton")
 GPU = torch.cuda.is_available()
 
 
@@ -96,7 +96,7 @@ def test_reference_is_the_formula(taps):
 
 
 @pytest.mark.parametrize("time", [DIRECT, DIRECT + 2])
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
+@pytest.mark.parametrize("impl", ["reference", "native", "chunked"])
 def test_gradients_are_finite_differences(impl, time):
     given = {name: each.requires_grad_() for name, each in inputs(2, time, 2, 4, 3).items()}
     segments = torch.tensor([[1, 0, 1, 2, 2, 2], [0, 3, 3, 3, 0, 4]])[:, :time]
@@ -109,6 +109,14 @@ def test_gradients_are_finite_differences(impl, time):
 
 # (time, taps, past): the interpreter is slow, so Triton takes fewer.
 CASES = [("chunked", time, *sizes) for time in (1, 2, 6, 37) for sizes in ((1, 2), (7, 20), (37, 0), (90, 11))]
+# Transforms of 2, 6, 48, 96 and 128 points: every radix, and lanes without a channel.
+CASES += [
+    ("native", 1, 1, 0),
+    ("native", 6, 7, 0),
+    ("native", 37, 90, 11),
+    ("native", 90, 37, 0),
+    ("native", 99, 99, 5),
+]
 CASES += [("triton", 1, 7, 20), ("triton", 2, 90, 11), ("triton", 37, 7, 20), ("triton", 37, 37, 0)]
 
 
@@ -128,7 +136,7 @@ def test_implementations_are_the_reference(impl, time, taps, past, packed):
 def test_parts_may_be_left_out(impl, without):
     dtype = skip_wide(impl, torch.float64)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
-    for time in (2, 7) if impl == "chunked" else (5,):
+    for time in (2, 7) if impl != "triton" else (5,):
         given, segments = inputs(2, time, 3, 5, dtype=dtype, without=without), ragged(2, time)
         for each in (None, segments):
             wide = {name: value.double() for name, value in given.items()}
@@ -273,12 +281,13 @@ def test_custom_ops_keep_their_promises(impl, without):
     from importlib import import_module
 
     module = import_module(f"ops.long_conv.{impl}")
+    op = module.native if impl == "native" else module._conv
     given = inputs(2, 6, 1, 4, dtype=torch.float32, without=without)
     names = ("x", "kernel", "D", "gate", "response", "history")
     values = [given[k].to(device(impl)).requires_grad_() if k in given else None for k in names]
     segments = torch.tensor([[0, 1, 1, 2, 2, 0], [1] * 6]).to(device(impl))
     for marks in (segments, None) if impl == "chunked" else (segments,):
-        torch.library.opcheck(module._conv, (*values, marks))
+        torch.library.opcheck(op, (*values, marks))
         backward = getattr(torch.ops.zoo, f"long_conv_{'fft' if impl == 'chunked' else impl}_backward")
         plain = [None if each is None else each.detach() for each in values]
         needs = [each is not None for each in values]
@@ -286,12 +295,15 @@ def test_custom_ops_keep_their_promises(impl, without):
 
 
 def test_explain_says_what_and_why():
-    given = inputs(1, 8, 2, 8)
+    assert ops.explain(long_conv, **inputs(1, 8, 2, 8)).chosen == "native"
+    assert "few tokens" in ops.explain(long_conv, **inputs(1, DIRECT, 2, 3)).refused["native"]
+    half = {"dtype": torch.float16}  # which native refuses, so that the others are asked
+    given = inputs(1, 8, 2, 8, **half)
     told = ops.explain(long_conv, **given)
     assert told.chosen == "chunked"
     assert "needs CUDA tensors" in told.refused["triton"]
-    assert "transform" in ops.explain(long_conv, **inputs(1, SHORT + 1, 2, 3)).refused["triton"]
-    assert "few tokens" in ops.explain(long_conv, **inputs(1, DIRECT, 2, 3)).refused["triton"]
+    assert "transform" in ops.explain(long_conv, **inputs(1, SHORT + 1, 2, 3, **half)).refused["triton"]
+    assert "few tokens" in ops.explain(long_conv, **inputs(1, DIRECT, 2, 3, **half)).refused["triton"]
     assert ops.explain(long_conv, **given, impl="reference").chosen == "reference"
     with pytest.raises(RuntimeError, match=f"up to {LIMIT}, got {LIMIT + 1}; use chunked"):
         long_conv(**inputs(1, LIMIT + 1, 1, 2), impl="triton")
