@@ -11,16 +11,13 @@ import sys
 
 import torch
 
-from benchmarks.measure import measure_roof
-
 
 def main() -> None:
     slow = "--slow" in sys.argv
-    roof = measure_roof()
-    importlib.import_module("benchmarks.ops_cpu").main([], slow, roof)
+    importlib.import_module("benchmarks.ops_cpu").main([], slow)
     for name in ("moe_cpu", "convolutions_cpu", "training_cpu"):
-        importlib.import_module(f"benchmarks.{name}").main(roof)
-    importlib.import_module("benchmarks.models_cpu").main([], slow, roof)
+        importlib.import_module(f"benchmarks.{name}").main()
+    importlib.import_module("benchmarks.models_cpu").main([], slow)
     if torch.cuda.is_available():
         importlib.import_module("benchmarks.gpu.__main__").main([])
 

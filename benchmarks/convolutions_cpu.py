@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ops
-from benchmarks.measure import OURS, Roof, measure_roof, write
+from benchmarks.measure import OURS, write
 from benchmarks.ops_cpu import Rows, versus
 from ops.native_memory import keep_freed_memory
 
@@ -45,7 +45,7 @@ def vandermonde(length: int, channels: int = 512, n: int = 32) -> Rows:
         return 2 * torch.einsum("c n, c n l -> c l", weights, powers).real
 
     shape = f"channels {channels}, n {n}, length {length}"
-    runs = {OURS: ops.vandermonde, "torch, materialised": whole}
+    runs = {OURS: lambda *inputs: ops.vandermonde(*inputs, length=length), "torch, materialised": whole}
     return versus("vandermonde", shape, [weights, log_a], runs, 8 * channels * n * length, repeats=5)
 
 
@@ -67,14 +67,13 @@ def cauchy(length: int, channels: int = 256, n: int = 32) -> Rows:
     return versus("cauchy", shape, [weights, z, poles], runs, 2 * 8 * channels * n * length, repeats=5)
 
 
-def main(roof: Roof | None = None) -> None:
+def main() -> None:
     torch.manual_seed(0)
     keep_freed_memory()
-    roof = measure_roof() if roof is None else roof
     rows = [row for length, channels in ((1024, 512), (2048, 1024), (8192, 512)) for row in long_conv(length, channels)]
     rows += [row for length in (1024, 8192) for row in vandermonde(length)]
     rows += [row for length in (1024, 8192) for row in cauchy(length)]
-    write("convolutions_cpu", "# Long convolutions and kernels on the CPU", rows, roof)
+    write("convolutions_cpu", "# Long convolutions and kernels on the CPU", rows)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def measure_roof() -> Roof:
     """Copy bandwidth of 256 MB (read and written bytes) and the rate of a 2048-cubed product: the best of several."""
     source, target = torch.ones(2, 32 * 2**20)
     a, b, c = torch.ones(3, 2048, 2048)
-    copy = min(_times(lambda: target.copy_(source), 7))
-    product = min(_times(lambda: torch.mm(a, b, out=c), 5))
+    copy = min(_times(lambda: target.copy_(source), 5))
+    product = min(_times(lambda: torch.mm(a, b, out=c), 3))
     return Roof(2 * source.numel() * 4 / copy, 2 * 2048**3 / product)
 
 
@@ -74,7 +74,8 @@ def contest(
     """A row for each of `runs`, in turns, so that what else the machine does hits all alike.
 
     A string in the place of a call says why a peer does not run. The first call of each is not counted unless it alone
-    takes `budget` seconds; a contestant leaves when it has had that many.
+    takes `budget` seconds; a contestant leaves when it has had that many. The roof of these rows is the better of what
+    is measured before and after them: what other guests of the machine leave to it changes within minutes.
     """
     rows: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {}
@@ -85,11 +86,13 @@ def contest(
             continue
         first = _times(run, 1)
         times[name] = first if first[0] > budget else []
+    before = measure_roof()
     for _ in range(repeats):
         for name, taken in times.items():
             run = runs[name]
             if sum(taken) < budget and not isinstance(run, str):
                 taken += _times(run, 1)
+    roof = Roof(*map(max, before, measure_roof()))
     for name, taken in times.items():
         rows[name] |= {
             "ms": 1e3 * statistics.median(taken),
@@ -98,6 +101,9 @@ def contest(
             "tokens_per_s": None if tokens is None else tokens / statistics.median(taken),
             "flops": None if work is None else work.flops,
             "bytes": None if work is None else work.bytes,
+            "bandwidth": roof.bandwidth,
+            "rate": roof.flops,
+            "roof_ms": None if work is None else 1e3 * roof.seconds(work),
         }
     for row in rows.values():
         told = row["absent"] if "absent" in row else f"{row['ms']:10.2f} ms of {row['runs']}"
@@ -123,21 +129,21 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def write(name: str, title: str, rows: Sequence[dict[str, Any]], roof: Roof) -> None:
+def write(name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
     """results/<name>.json and .md. Rows of one task and shape stand together: our time, and each peer's over ours."""
-    data = {"machine": machine(), "roof": roof._asdict(), "rows": list(rows)}
+    data = {"machine": machine(), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(title, rows, roof, machine()))
+    (RESULTS / f"{name}.md").write_text(table(title, rows, machine()))
 
 
-def table(title: str, rows: Sequence[dict[str, Any]], roof: Roof, where: Mapping[str, Any]) -> str:
+def table(title: str, rows: Sequence[dict[str, Any]], where: Mapping[str, Any]) -> str:
     """The same as Markdown."""
     facts = ", ".join(f"{name} {value}" for name, value in where.items())
     lines = [
         f"{title}\n",
-        f"{facts}. Roof: {roof.bandwidth / 1e9:.1f} GB/s copied, {roof.flops / 1e9:.0f} GFLOP/s in a matrix product.\n",
-        "Medians; behind a peer's time how many times ours it is. Roof: the least time that the work's bytes and FLOPs "
-        "take there, over the time measured.\n",
+        f"{facts}. {_range(rows, 'bandwidth')} GB/s copied, {_range(rows, 'rate')} GFLOP/s in a matrix product.\n",
+        "Medians; behind a peer's time how many times ours it is. Of roof: the least time that the work's bytes and "
+        "FLOPs take, at the rates measured beside that row, over the time taken.\n",
         "| task | shape | who | ms | tokens/s | of roof | times ours |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -149,11 +155,16 @@ def table(title: str, rows: Sequence[dict[str, Any]], roof: Roof, where: Mapping
         ours = next((each.get("ms") for each in rows if _same(each, row) and each["who"].startswith(OURS)), None)
         rate = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:,.0f}"
         share = ""
-        if row["flops"] is not None:
-            share = f"{100 * 1e3 * roof.seconds(Work(row['flops'], row['bytes'])) / row['ms']:.0f}%"
+        if row["roof_ms"] is not None:
+            share = f"{100 * row['roof_ms'] / row['ms']:.0f}%"
         times = "" if ours is None or row["who"].startswith(OURS) else f"{row['ms'] / ours:.2f}"
         lines.append(f"{head} {row['ms']:.2f} | {rate} | {share} | {times} |")
     return "\n".join(lines) + "\n"
+
+
+def _range(rows: Sequence[dict[str, Any]], name: str) -> str:
+    found = [row[name] / 1e9 for row in rows if name in row]
+    return f"{min(found):.0f} to {max(found):.0f}" if found else "no"
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

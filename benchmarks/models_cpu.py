@@ -15,7 +15,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 import zoo.convert
-from benchmarks.measure import OURS, Roof, Work, contest, measure_roof, write
+from benchmarks.measure import OURS, Work, contest, write
 from ops.native_memory import keep_freed_memory
 from zoo.describe import active, count
 from zoo.hf import ZooForCausalLM
@@ -148,11 +148,10 @@ def decode(name: str, theirs: Any, ours: ZooForCausalLM, new: int = 64) -> list[
     )
 
 
-def main(names: list[str], slow: bool = False, roof: Roof | None = None) -> None:
+def main(names: list[str], slow: bool = False) -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     keep_freed_memory()  # for all who run here: fresh pages cost a training step a quarter
-    roof = measure_roof() if roof is None else roof
     rows: list[dict[str, Any]] = []
     for name in names or MODELS:
         theirs, ours = pair(name)
@@ -164,7 +163,7 @@ def main(names: list[str], slow: bool = False, roof: Roof | None = None) -> None
         ):
             rows += found
     if not names:
-        write("models_cpu", "# Whole models on the CPU", rows, roof)
+        write("models_cpu", "# Whole models on the CPU", rows)
 
 
 if __name__ == "__main__":

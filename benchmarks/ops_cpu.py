@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
 
 import ops
-from benchmarks.measure import OURS, Roof, Work, contest, measure_roof, write
+from benchmarks.measure import OURS, Work, contest, write
 
 Run = Callable[..., Tensor]
 Rows = list[dict[str, Any]]
@@ -223,12 +223,11 @@ GROUPS: dict[str, Callable[[bool], Rows]] = {
 }
 
 
-def main(names: list[str], slow: bool = False, roof: Roof | None = None) -> None:
+def main(names: list[str], slow: bool = False) -> None:
     torch.manual_seed(0)
-    roof = measure_roof() if roof is None else roof
     rows = [row for name in names or GROUPS for row in GROUPS[name](slow)]
     if not names:
-        write("ops_cpu", "# Ops on the CPU", rows, roof)
+        write("ops_cpu", "# Ops on the CPU", rows)
 
 
 if __name__ == "__main__":

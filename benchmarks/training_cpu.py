@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.measure import OURS, Roof, Work, contest, measure_roof, write
+from benchmarks.measure import OURS, Work, contest, write
 from ops.native_memory import keep_freed_memory
 from zoo.model import LanguageModel
 
@@ -96,12 +96,11 @@ def measure(kind: str, whole: bool = True) -> list[dict[str, Any]]:
     return rows
 
 
-def main(kinds: list[str] | None = None, roof: Roof | None = None) -> None:
+def main(kinds: list[str] | None = None) -> None:
     keep_freed_memory()  # as a program that trains does
-    roof = measure_roof() if roof is None else roof
     rows = [row for kind in kinds or KINDS for row in measure(kind)]
     if not kinds:
-        write("training_cpu", "# Training of mixers on the CPU", rows, roof)
+        write("training_cpu", "# Training of mixers on the CPU", rows)
 
 
 if __name__ == "__main__":

@@ -109,15 +109,11 @@ def _choose(logits, choice, chosen, weights):
 
 @njit(**OPTIONS)
 def _times(x, matrix, y):
-    """y = x · matrix [inputs, outputs], two of its rows at a time: y then passes through the cache half as often."""
+    """y = x · matrix [inputs, outputs]. One row of the matrix at a time: two of them side by side are read at half the
+    rate, as no page follows another."""
     y[:] = np.float32(0)
-    inputs = len(x)
-    for i in range(0, inputs - 1, 2):
-        first, second, a, b = matrix[i], matrix[i + 1], x[i], x[i + 1]
-        for j in range(len(y)):
-            y[j] += a * first[j] + b * second[j]
-    if inputs % 2 == 1:
-        add(y, matrix[inputs - 1], x[inputs - 1])
+    for i in range(len(x)):
+        add(y, matrix[i], x[i])
 
 
 @njit(**OPTIONS)
