@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ops import segments as seg
 from ops.step import BARE, Around
+from zoo.kept import Kept
 
 State = Any  # a NamedTuple of tensors; Python has no type for "any NamedTuple"
 
@@ -29,8 +30,14 @@ class Out(NamedTuple):
     aux: Mapping[str, Tensor]
 
 
+Step = Callable[[Tensor, State | None], Out | None]
+
+
 class NoState(NamedTuple):
     """The state of a block without one, so that every block of a model takes and returns a state alike."""
+
+
+STATELESS = (type(None), NoState)  # the types of what such a block is given
 
 
 class Tag(NamedTuple):
@@ -55,6 +62,7 @@ class Block(nn.Module):
     width: int
     # The class of the states that init_state makes and their leaves' shapes a row; found when first asked for.
     _state_made: tuple[type, list[tuple[int, ...]]] | None = None
+    _held_step: Kept | None = None  # what bind_step gave
 
     def __init__(self, width: int):
         super().__init__()
@@ -64,8 +72,8 @@ class Block(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and "one_token" not in vars(cls):
-            cls.one_token = Block.one_token  # what was inherited does what the old forward does
+        if "forward" in vars(cls) and "bind_step" not in vars(cls):
+            cls.bind_step = Block.bind_step  # what was inherited does what the old forward does
 
     def forward(
         self,
@@ -75,11 +83,25 @@ class Block(nn.Module):
     ) -> Out:
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def one_token(self, x: Float[Tensor, "batch one width"], state: State | None, around: Around = BARE) -> Out | None:
-        """One token, none of padding, by one compiled call on a CPU (`ops.step`), with the norm before the block and
-        the residual around it; None where it has to go the usual way, which is what blocks without such a kernel say.
-        """
+    def bind_step(self, around: Around) -> Step | None:
+        """A function of one token and the state that runs all of this block, with the norm before it and the residual
+        around it, in one compiled call on a CPU (`ops.step`), bound to the block's weights as they are now. None where
+        the weights, or what stands in the block, have to go the usual way, which is what blocks without such a kernel
+        say; the function gives None where a call has to."""
         return None
+
+    def one_token(self, x: Float[Tensor, "batch one width"], state: State | None) -> Out | None:
+        """One token, none of padding, by `bind_step`; None where it has to go the usual way."""
+        if type(self).bind_step is Block.bind_step or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        kept = self._held_step
+        if kept is None or not kept.holds():
+            kept = self._held_step = Kept((self,), self.bind_step(BARE))
+        return None if kept.made is None else kept.made(x, state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._held_step = None  # would keep the old weights' memory
+        return super()._apply(fn, recurse)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         """The state before the first token. `dtype` is the activations'; recurrent sums are float32 at least."""
@@ -287,6 +309,11 @@ def leave(segment: Int[Tensor, " batch"], segments: Int[Tensor, "batch time"] | 
         return torch.where(segment == 0, 1, segment)
     now = seg.last(segments).to(segment.dtype)
     return torch.where(now != 0, now, segment)
+
+
+def stay(segment: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """`leave` without segments, for a few rows on a CPU: the same tensor where every row is in a document."""
+    return leave(segment, None) if 0 in segment.tolist() else segment
 
 
 # Packing: for blocks that cannot run a ragged or packed batch directly -----------------------------------------

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
-from zoo.block import Block, Out, State, hand_back
+from zoo.block import Block, Out, State, Step, hand_back
 from zoo.config import BlockSpec, ModelConfig, load_config
+from zoo.kept import Kept
 from zoo.layers.checks import number
 from zoo.layers.linear import Linear
 from zoo.layers.norm import around, norm
@@ -33,6 +34,7 @@ class Residual(nn.Module):
     one stands bare."""
 
     block: Block
+    _held_step: Kept | None = None  # what the block's bind_step gave
 
     def __init__(
         self, inner: Block, norm: nn.Module, position: str, dropout: float, skip: float = 1.0, scale: float = 1.0
@@ -65,13 +67,25 @@ class Residual(nn.Module):
 
     def _one_token(self, x: Tensor, state: State | None) -> Out | None:
         """Norm, block and residual in one call, where the block can and nobody watches the parts (hooks)."""
-        block = self.block
-        if self.training or torch.is_grad_enabled() or self.position != "pre" or _global_forward_hooks:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if block._forward_hooks or block._forward_pre_hooks or _global_forward_pre_hooks:
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return None
+        kept = self._held_step
+        if kept is None or not kept.holds():
+            kept = self._held_step = Kept((self, self.block), self._bind())
+        return None if kept.made is None else kept.made(x, state)
+
+    def _bind(self) -> Step | None:
+        block = self.block
+        if self.training or self.position != "pre" or block._forward_hooks or block._forward_pre_hooks:
             return None
         found = around(self.norm, self.skip, self.scale)
-        return None if found is None else block.one_token(x, state, found)
+        return None if found is None else block.bind_step(found)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._held_step = None
+        return super()._apply(fn, recurse)
 
 
 class LanguageModel(nn.Module):

@@ -2,20 +2,22 @@
 
 A block of a model that decodes on a CPU spends microseconds on arithmetic besides reading its weights, and several
 times as many on calling one operation after another. Each file here holds what one kind of block does with one token,
-as a numba kernel: the same numbers as the block's own way, which remains the reference.
+as a numba kernel: the same numbers as the block's own way, which remains the reference. A file's function binds the
+block's weights, and what it returns takes a token and the state: looking the weights up again for every token took
+longer than all the rest.
 
-`takes` says whether a call may go this way; all it asks for can be seen without reading a number.
+`fits` says whether weights may be bound, `takes` whether a call may go this way; all that they ask for can be seen
+without reading a number.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ops import dispatch
-from ops.precision import autocasting
 
 
 class Around(NamedTuple):
@@ -37,38 +39,58 @@ BARE = Around()
 MOST = 4  # rows: with more, a product of matrices reads the weights once for all
 
 
-def takes(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
-    """Whether x [batch, 1, width] is one token of up to 4 rows in plain float32 on the CPU, and the weights are too,
-    contiguous, with nothing that wants a gradient, watches operations or compiles them; and numba is there."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _numba():
-        return False
-    if x.ndim != 3 or x.shape[1] != 1 or not 0 < x.shape[0] <= MOST or dispatch.preferred() not in (None, "native"):
-        return False
-    for each in (x, *weights):
-        if each is None:
-            continue
-        if type(each) not in (Tensor, torch.nn.Parameter) or each.dtype != torch.float32 or not each.is_cpu:
-            return False
-        if each is not x and not each.is_contiguous():
-            return False
-    return _get_current_dispatch_mode() is None and not autocasting(x.device)
+def fits(*weights: Tensor | None) -> bool:
+    """Whether weights (None: there is none) are plain contiguous float32 on the CPU, and numba is there."""
+    return _numba() and all(
+        type(each) in (Tensor, torch.nn.Parameter)
+        and each.dtype == torch.float32
+        and each.is_cpu
+        and each.is_contiguous()
+        for each in weights
+        if each is not None
+    )
+
+
+def takes(x: Tensor, width: int) -> bool:
+    """Whether x is one token [batch, 1, width] of up to 4 rows in plain float32 on the CPU, with nothing that wants a
+    gradient, watches operations or compiles them."""
+    shape = x.shape
+    return (
+        len(shape) == 3
+        and shape[1] == 1
+        and shape[2] == width
+        and 0 < shape[0] <= MOST
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and not x.requires_grad
+        and dispatch.preferred() in (None, "native")
+        and not torch.is_autocast_enabled("cpu")
+        and _get_current_dispatch_mode() is None
+    )
 
 
 def holds(leaf: Tensor, *shape: int) -> bool:
     """Whether a state's leaf is float32 on the CPU and of this shape."""
-    return leaf.shape == shape and leaf.dtype == torch.float32 and leaf.is_cpu
+    return leaf.shape == shape and leaf.dtype == torch.float32 and leaf.is_cpu and not leaf.requires_grad
 
 
-_found: bool | None = None
+def rows(leaf: Tensor) -> np.ndarray:
+    """An activation or a state's leaf, contiguous, as a kernel reads it."""
+    return leaf.contiguous().numpy()
+
+
+def fresh(*shape: int) -> tuple[Tensor, np.ndarray]:
+    """A new tensor, and the same for a kernel to write."""
+    made = np.empty(shape, np.float32)
+    return torch.from_numpy(made), made
 
 
 def _numba() -> bool:
-    global _found
-    if _found is None:
-        try:
-            import numba  # noqa: F401
-
-            _found = True
-        except ImportError:
-            _found = False
-    return _found
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,18 +1,18 @@
 """One token of softmax attention over kept keys and values, its projections and positions included."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
 from ops.native_math import exp
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
-from ops.step.parts import EXACT, NOTHING, add, dot, plus, sigmoid
+from ops.step.parts import EXACT, NOTHING, add, dot, given, plus, sigmoid
 
 LONGEST = 1 << 21  # numbers of keys: more are worth several threads
 NO_RUNS = np.zeros((0, 0), np.int32)
@@ -35,52 +35,38 @@ class HeadNorm(NamedTuple):
     centre: float
 
 
+Run = Callable[
+    [Tensor, Tensor, Tensor, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None],
+    Tensor,
+]
+
+
 def attention(
-    x: Tensor,
     qkv: tuple[Tensor, Tensor | None],
     out: tuple[Tensor, Tensor | None],
     heads: tuple[int, int, int],
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
     *,
-    seen: tuple[Tensor, Tensor] | None,
     scale: float,
     turning: Turning | None,
     norm: HeadNorm | None,
     gate: bool,
     around: Around,
-) -> Tensor:
-    """x [batch, 1, width] -> [batch, 1, width]; writes the token's key and value into `keys` and `values`.
+) -> Run:
+    """x [batch, 1, width], keys, values, slots, positions, seen -> [batch, 1, width]; writes the token's key and value
+    into `keys` and `values`.
 
     heads: (heads, kv_heads, head_dim). keys, values [batch, tokens, kv_heads, head_dim]: the last two dimensions
     contiguous, the token's own place among them; slots [batch]: that place; positions [batch]. `seen`: (runs [batch,
     tokens] int32, run [batch]): of which only equal ones are looked at; None: all. qkv holds the rows of queries, keys,
-    values and, with `gate`, of the gate. The caller has asked `ops.step.takes` of x and the weights, and keeps
-    keys.numel() below LONGEST.
+    values and, with `gate`, of the gate. The caller has asked `ops.step.fits`, and for each token `ops.step.takes`,
+    and keeps keys.numel() below LONGEST.
     """
-    batch, y = x.shape[0], torch.empty(x.shape[0], 1, out[0].shape[0])
-    runs, run = (NO_RUNS, np.zeros(batch, np.int64)) if seen is None else (array(seen[0]), array(seen[1]))
     theta, length = (NOTHING, 1.0) if turning is None else (array(turning.theta), turning.length)
     weights = (NOTHING, NOTHING) if norm is None else (array(norm.q), array(norm.k))
     eps, centre = (0.0, 0.0) if norm is None else (norm.eps, norm.centre)
-    row = keys.shape[2] * keys.shape[3]
-    extent = (batch - 1) * keys.stride(0) + keys.shape[1] * row
-    _run(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        array(qkv[0]),
-        array(out[0]),
-        tuple(NOTHING if each is None else array(each) for each in (qkv[1], out[1])),
-        heads,
-        array(keys.as_strided((extent,), (1,))),
-        array(values.as_strided((extent,), (1,))),
-        (keys.stride(0), values.stride(0), keys.shape[1]),
-        array(slots),
-        array(positions),
-        runs,
-        run,
+    outputs, row = out[0].shape[0], heads[1] * heads[2]
+    front = (unpack(around), array(qkv[0]), array(out[0]), (given(qkv[1]), given(out[1])), heads)
+    back = (
         np.float32(scale),
         theta,
         np.float32(length),
@@ -88,9 +74,28 @@ def attention(
         weights,
         (np.float32(eps), np.float32(centre)),
         gate,
-        y.numpy()[:, 0],
     )
-    return y
+
+    def run(
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        seen: tuple[np.ndarray, np.ndarray] | None,
+    ) -> Tensor:
+        batch, tokens = keys.shape[:2]
+        y, y_rows = fresh(batch, 1, outputs)
+        mine = (NO_RUNS, slots) if seen is None else seen
+        step, other = keys.stride(0), values.stride(0)
+        memory = (
+            keys.as_strided(((batch - 1) * step + tokens * row,), (1,)).numpy(),
+            values.as_strided(((batch - 1) * other + tokens * row,), (1,)).numpy(),
+        )
+        _run(rows(x)[:, 0], *front, *memory, (step, other, tokens), slots, positions, *mine, *back, y_rows[:, 0])
+        return y
+
+    return run
 
 
 @njit(**OPTIONS)
@@ -135,10 +140,12 @@ def _look(q, keys, values, start, step, runs, run, scale, scores, y):
     group, d = q.shape
     tokens = scores.shape[1]
     for s in range(tokens):
+        if len(runs) > 0 and runs[s] != run:
+            scores[:, s] = np.float32(-np.inf)
+            continue
         key = keys[start + s * step : start + s * step + d]
-        hidden = len(runs) > 0 and runs[s] != run
         for h in range(group):
-            scores[h, s] = np.float32(-np.inf) if hidden else scale * dot(q[h], key)
+            scores[h, s] = scale * dot(q[h], key)
     for h in range(group):
         _softmax(scores[h])
         part = np.float32(1) / _total(scores[h])
@@ -146,6 +153,8 @@ def _look(q, keys, values, start, step, runs, run, scale, scores, y):
             scores[h, s] *= part
         y[h * d : (h + 1) * d] = np.float32(0)
     for s in range(tokens):
+        if len(runs) > 0 and runs[s] != run:
+            continue
         value = values[start + s * step : start + s * step + d]
         for h in range(group):
             add(y[h * d : (h + 1) * d], value, scores[h, s])

@@ -1,49 +1,49 @@
 """One token of DeltaNet and Gated DeltaNet."""
 
+from collections.abc import Callable
+
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
 from ops.step.parts import EXACT, NOTHING, convolve, dot, sigmoid, silu, softplus
 
 
 def delta(
-    x: Tensor,
-    conv: Tensor,
-    S: Tensor,
     weights: tuple[Tensor, Tensor, Tensor],
     key_heads: int,
     strength: float,
     decay: tuple[Tensor, Tensor] | None,
     norm: tuple[Tensor, float, bool],
     around: Around,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x [batch, 1, width], conv [batch, taps - 1, channels], S [batch, heads, k_dim, v_dim] -> y and both after it.
 
     weights: of in_proj (rows of q, k, v, β, then of the decay's steps and of the gate, where there are such), the
     convolution, out_proj; strength: the greatest β; decay: A_log and dt_bias; norm: weight, eps, gated. The caller has
-    asked `ops.step.takes`.
+    asked `ops.step.fits`, and for each token `ops.step.takes`.
     """
-    y = torch.empty(x.shape[0], 1, weights[2].shape[0])
-    conv_after, S_after = torch.empty(conv.shape), torch.empty(S.shape)
-    _run(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        (array(conv.contiguous()), array(S.contiguous())),
-        (array(conv_after), array(S_after)),
+    outputs, outer = weights[2].shape[0], unpack(around)
+    bound = (
         tuple(array(each) for each in weights),
         key_heads,
         np.float32(strength),
         (NOTHING, NOTHING) if decay is None else tuple(array(each) for each in decay),
         (array(norm[0]), np.float32(norm[1]), norm[2]),
-        y.numpy()[:, 0],
     )
-    return y, conv_after, S_after
+
+    def run(x: Tensor, conv: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, y_rows = fresh(x.shape[0], 1, outputs)
+        conv_after, conv_rows = fresh(*conv.shape)
+        S_after, S_rows = fresh(*S.shape)
+        _run(rows(x)[:, 0], outer, (rows(conv), rows(S)), (conv_rows, S_rows), *bound, y_rows[:, 0])
+        return y, conv_after, S_after
+
+    return run
 
 
 @njit(**OPTIONS)

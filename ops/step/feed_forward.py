@@ -1,34 +1,38 @@
 """One token of a gated or plain feed-forward block."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, unpack
-from ops.step.parts import EXACT, NOTHING, gelu_tanh, plus, silu
+from ops.step.parts import EXACT, gelu_tanh, given, plus, silu
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def feed_forward(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, gated: bool,
+    up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: str, gated: bool,
     around: Around,
-) -> Tensor:  # fmt: skip
-    """down · (f(gate) ⊙ value) with [gate; value] = up · x, or down · f(up · x); x [batch, 1, width].
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """down · (f(gate) ⊙ value) with [gate; value] = up · x, or down · f(up · x), of x [batch, 1, width].
 
-    The caller has asked `ops.step.takes`.
+    The caller has asked `ops.step.fits`, and for each token `ops.step.takes`.
     """
-    y = torch.empty(x.shape[0], 1, down.shape[0])
-    biases = tuple(NOTHING if each is None else array(each) for each in (up_bias, down_bias))
-    rows, kind = array(x.contiguous())[:, 0], ACTIVATIONS.index(activation)
-    _run(rows, unpack(around), array(up), array(down), biases, kind, gated, y.numpy()[:, 0])
-    return y
+    outputs, norm, kind = down.shape[0], unpack(around), ACTIVATIONS.index(activation)
+    up_rows, down_rows, biases = array(up), array(down), (given(up_bias), given(down_bias))
+
+    def run(x: Tensor) -> Tensor:
+        y, y_rows = fresh(x.shape[0], 1, outputs)
+        _run(rows(x)[:, 0], norm, up_rows, down_rows, biases, kind, gated, y_rows[:, 0])
+        return y
+
+    return run
 
 
 @njit(**EXACT)
@@ -54,12 +58,12 @@ def activate(values, kind):
 @njit(**OPTIONS)
 def apply(x, up, down, biases, kind, gated, y):
     """The block alone, for kernels; the second bias is left to the caller."""
-    rows, hidden = len(x), down.shape[1]
-    inner = np.empty((rows, len(up)), np.float32)
-    kept = np.empty((rows, hidden), np.float32)
+    hidden = down.shape[1]
+    inner = np.empty((len(x), len(up)), np.float32)
+    kept = np.empty((len(x), hidden), np.float32)
     product(0, len(up), up, x, inner)
     plus(inner, biases[0])
-    for row in range(rows):
+    for row in range(len(x)):
         values = inner[row]
         activate(values[:hidden], kind)
         if gated:

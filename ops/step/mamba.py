@@ -1,22 +1,20 @@
 """One token of Mamba."""
 
+from collections.abc import Callable
+
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
 from ops.native_math import exp
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
-from ops.step.parts import EXACT, NOTHING, convolve, dot, plus, sigmoid, silu, softplus
+from ops.step.parts import EXACT, NOTHING, convolve, dot, given, plus, sigmoid, silu, softplus
 
 
 def mamba(
-    x: Tensor,
-    conv: Tensor,
-    scan: Tensor,
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
     A_log: Tensor,
@@ -24,28 +22,30 @@ def mamba(
     norms: tuple[Tensor, ...] | None,
     eps: float,
     around: Around,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x [batch, 1, width], conv [batch, taps - 1, inner], scan [batch, inner, n] -> y and both after the token.
 
     weights, biases: of in_proj, the convolution, x_proj (no bias), dt_proj, out_proj; norms: weights of dt's, B's and
-    C's, or None. The caller has asked `ops.step.takes`.
+    C's, or None. The caller has asked `ops.step.fits`, and for each token `ops.step.takes`.
     """
-    y = torch.empty(x.shape[0], 1, weights[4].shape[0])
-    conv_after, scan_after = torch.empty(conv.shape), torch.empty(scan.shape)
-    _run(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        (array(conv.contiguous()), array(scan.contiguous())),
-        (array(conv_after), array(scan_after)),
+    outputs, norm = weights[4].shape[0], unpack(around)
+    bound = (
         tuple(array(each) for each in weights),
-        tuple(NOTHING if each is None else array(each) for each in biases),
+        tuple(given(each) for each in biases),
         array(A_log),
         array(D),
         (NOTHING, NOTHING, NOTHING) if norms is None else tuple(array(each) for each in norms),
         np.float32(eps),
-        y.numpy()[:, 0],
     )
-    return y, conv_after, scan_after
+
+    def run(x: Tensor, conv: Tensor, scan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, y_rows = fresh(x.shape[0], 1, outputs)
+        conv_after, conv_rows = fresh(*conv.shape)
+        scan_after, scan_rows = fresh(*scan.shape)
+        _run(rows(x)[:, 0], norm, (rows(conv), rows(scan)), (conv_rows, scan_rows), *bound, y_rows[:, 0])
+        return y, conv_after, scan_after
+
+    return run
 
 
 @njit(**EXACT)

@@ -1,21 +1,19 @@
 """One token of Mamba-2."""
 
+from collections.abc import Callable
+
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
-from ops.step.parts import EXACT, NOTHING, add, convolve, plus, sigmoid, silu, softplus
+from ops.step.parts import EXACT, add, convolve, given, plus, sigmoid, silu, softplus
 
 
 def mamba2(
-    x: Tensor,
-    conv: Tensor,
-    ssd: Tensor,
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
     heads: tuple[Tensor, Tensor, Tensor],
@@ -23,29 +21,32 @@ def mamba2(
     limit: tuple[float, float],
     norm: tuple[Tensor, int, bool, float],
     around: Around,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x [batch, 1, width], conv [batch, taps - 1, channels], ssd [batch, heads, n, p] -> y and both after the token.
 
     weights, biases: of in_proj, the convolution, out_proj; heads: A_log, D and dt_bias; limit: least and greatest dt;
-    norm: weight, groups, before_gate, eps. The caller has asked `ops.step.takes`.
+    norm: weight, groups, before_gate, eps. The caller has asked `ops.step.fits`, and for each token
+    `ops.step.takes`.
     """
-    y = torch.empty(x.shape[0], 1, weights[2].shape[0])
-    conv_after, ssd_after = torch.empty(conv.shape), torch.empty(ssd.shape)
+    outputs, outer = weights[2].shape[0], unpack(around)
     weight, runs, before_gate, eps = norm
-    _run(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        (array(conv.contiguous()), array(ssd.contiguous())),
-        (array(conv_after), array(ssd_after)),
+    bound = (
         tuple(array(each) for each in weights),
-        tuple(NOTHING if each is None else array(each) for each in biases),
+        tuple(given(each) for each in biases),
         tuple(array(each) for each in heads),
         groups,
         (np.float32(limit[0]), np.float32(limit[1])),
         (array(weight), runs, before_gate, np.float32(eps)),
-        y.numpy()[:, 0],
     )
-    return y, conv_after, ssd_after
+
+    def run(x: Tensor, conv: Tensor, ssd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, y_rows = fresh(x.shape[0], 1, outputs)
+        conv_after, conv_rows = fresh(*conv.shape)
+        ssd_after, ssd_rows = fresh(*ssd.shape)
+        _run(rows(x)[:, 0], outer, (rows(conv), rows(ssd)), (conv_rows, ssd_rows), *bound, y_rows[:, 0])
+        return y, conv_after, ssd_after
+
+    return run
 
 
 @njit(**OPTIONS)

@@ -1,18 +1,18 @@
 """One token of a mixture of experts whose router takes the largest logits."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.feed_forward import ACTIVATIONS, activate, apply
 from ops.step.norm import finish, normed, unpack
-from ops.step.parts import NOTHING, add, dot, sigmoid
+from ops.step.parts import NOTHING, add, dot, given, sigmoid
 
 NO_MATRIX = np.zeros((0, 0), np.float32)
 
@@ -37,7 +37,6 @@ class Shared(NamedTuple):
 
 
 def moe(
-    x: Tensor,
     router: Tensor,
     choice: Choice,
     up: Tensor,
@@ -48,22 +47,15 @@ def moe(
     shared: Shared | None,
     out_bias: Tensor | None,
     around: Around,
-) -> Tensor:
+) -> Callable[[Tensor], Tensor]:
     """x [batch, 1, width] -> y; router [experts, width], up [experts, width, inner], down [experts, hidden, width],
     biases [experts, inner] and [experts, width]. Reads the chosen experts' matrices once. The caller has asked
-    `ops.step.takes`."""
-    y = torch.empty(x.shape[0], 1, x.shape[2])
+    `ops.step.fits`, and for each token `ops.step.takes`."""
     dense, gate = (NO_MATRIX, NO_MATRIX, NOTHING, NOTHING), NO_MATRIX
     if shared is not None:
-        dense = (
-            array(shared.up),
-            array(shared.down),
-            NOTHING if shared.up_bias is None else array(shared.up_bias),
-            NOTHING if shared.down_bias is None else array(shared.down_bias),
-        )
+        dense = (array(shared.up), array(shared.down), given(shared.up_bias), given(shared.down_bias))
         gate = NO_MATRIX if shared.gate is None else array(shared.gate)
-    _run(
-        array(x.contiguous())[:, 0],
+    bound = (
         unpack(around),
         array(router),
         (choice.top_k, choice.after, choice.renormalise, np.float32(choice.scale)),
@@ -73,10 +65,15 @@ def moe(
         gated,
         dense,
         gate,
-        NOTHING if out_bias is None else array(out_bias),
-        y.numpy()[:, 0],
+        given(out_bias),
     )
-    return y
+
+    def run(x: Tensor) -> Tensor:
+        y, y_rows = fresh(*x.shape)
+        _run(rows(x)[:, 0], *bound, y_rows[:, 0])
+        return y
+
+    return run
 
 
 @njit(**OPTIONS)
@@ -120,13 +117,13 @@ def _times(x, matrix, y):
 def _run(x, around, router, choice, matrices, biases, kind, gated, dense, gate, out_bias, y):
     up, down = matrices
     hidden = down.shape[1]
-    rows = normed(x, around)
+    normal = normed(x, around)
     logits = np.empty((len(x), len(router)), np.float32)
     chosen, weights = np.empty(choice[0], np.int64), np.empty(choice[0], np.float32)
     inner, part = np.empty(up.shape[2], np.float32), np.empty(x.shape[1], np.float32)
-    product(0, len(router), router, rows, logits)
+    product(0, len(router), router, normal, logits)
     if len(dense[0]) > 0:
-        apply(rows, dense[0], dense[1], (dense[2], dense[3]), kind, gated, y)
+        apply(normal, dense[0], dense[1], (dense[2], dense[3]), kind, gated, y)
     for row in range(len(x)):
         if len(dense[0]) == 0:
             y[row] = np.float32(0)
@@ -134,13 +131,13 @@ def _run(x, around, router, choice, matrices, biases, kind, gated, dense, gate, 
             if len(dense[3]) > 0:
                 add(y[row], dense[3], np.float32(1))
             if len(gate) > 0:
-                share = sigmoid(dot(gate[0], rows[row]))
+                share = sigmoid(dot(gate[0], normal[row]))
                 for i in range(x.shape[1]):
                     y[row, i] *= share
         _choose(logits[row], choice, chosen, weights)
         for place in range(len(chosen)):
             e = chosen[place]
-            _times(rows[row], up[e], inner)
+            _times(normal[row], up[e], inner)
             if len(biases[0]) > 0:
                 add(inner, biases[0][e], np.float32(1))
             activate(inner[:hidden], kind)

@@ -4,9 +4,8 @@ import numpy as np
 from numba import njit
 
 from ops.linear.kernels import OPTIONS
-from ops.native_array import array
 from ops.step import Around
-from ops.step.parts import NOTHING
+from ops.step.parts import given
 
 _float = np.float32
 
@@ -18,8 +17,8 @@ def unpack(around: Around) -> Unpacked:
     """As compiled kernels take it."""
     weight, bias = around.weight, around.bias
     return (
-        NOTHING if weight is None else array(weight),
-        NOTHING if bias is None else array(bias),
+        given(weight),
+        given(bias),
         _float(around.eps),
         _float(around.centre),
         _float(around.skip),

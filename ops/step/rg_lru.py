@@ -1,51 +1,50 @@
 """One token of Griffin's recurrent block."""
 
+from collections.abc import Callable
+
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
-from ops.step import Around
+from ops.native_math import exp
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, unpack
-from ops.step.parts import EXACT, NOTHING, add, convolve, gelu_tanh, plus, sigmoid, softplus
+from ops.step.parts import EXACT, add, convolve, gelu_tanh, given, plus, sigmoid, softplus
 
 
 def rg_lru(
-    x: Tensor,
-    conv: Tensor,
-    h: Tensor,
-    first: Tensor,
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor | None, ...],
     gates: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     Lambda: Tensor,
     c: float,
     around: Around,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """x [batch, 1, width], conv [batch, taps - 1, inner], h [batch, inner] -> y and both after the token.
 
     first [batch]: whether the token is its document's first. weights, biases: of y_proj, x_proj, the convolution and
     out_proj; gates: weight [heads, in, out] and bias [heads, out] of input and decay. The caller has asked
-    `ops.step.takes`.
+    `ops.step.fits`, and for each token `ops.step.takes`.
     """
-    y = torch.empty(x.shape[0], 1, weights[3].shape[0])
-    conv_after, h_after = torch.empty(conv.shape), torch.empty(h.shape)
-    _run(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        (array(conv.contiguous()), array(h.contiguous())),
-        (array(conv_after), array(h_after)),
-        array(first.contiguous()),
+    outputs, norm = weights[3].shape[0], unpack(around)
+    bound = (
         tuple(array(each) for each in weights),
-        tuple(NOTHING if each is None else array(each) for each in biases),
+        tuple(given(each) for each in biases),
         tuple(array(each) for each in gates[0] + gates[1]),
         array(Lambda),
         np.float32(c),
-        y.numpy()[:, 0],
     )
-    return y, conv_after, h_after
+
+    def run(x: Tensor, conv: Tensor, h: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, y_rows = fresh(x.shape[0], 1, outputs)
+        conv_after, conv_rows = fresh(*conv.shape)
+        h_after, h_rows = fresh(*h.shape)
+        _run(rows(x)[:, 0], norm, (rows(conv), rows(h)), (conv_rows, h_rows), rows(first), *bound, y_rows[:, 0])
+        return y, conv_after, h_after
+
+    return run
 
 
 @njit(**OPTIONS)
@@ -61,10 +60,28 @@ def _blocks(x, weight, bias, y):
 
 @njit(**EXACT)
 def _recur(u, first, input_gate, decay_gate, Lambda, c, before, after):
+    """One exponential a loop, or none becomes vector instructions. The gates are overwritten."""
     for i in range(len(u)):
-        log_a = -c * softplus(Lambda[i]) * sigmoid(decay_gate[i])
-        scale = np.float32(1) if first else np.float32(np.sqrt(-np.expm1(np.float32(2) * log_a)))
-        after[i] = np.float32(np.exp(log_a)) * before[i] + scale * sigmoid(input_gate[i]) * u[i]
+        decay_gate[i] = -c * sigmoid(decay_gate[i])
+    for i in range(len(u)):
+        decay_gate[i] *= softplus(Lambda[i])  # ln of the decay
+    for i in range(len(u)):
+        input_gate[i] = u[i] * sigmoid(input_gate[i])
+    if not first:
+        for i in range(len(u)):
+            input_gate[i] *= np.sqrt(_left(np.float32(2) * decay_gate[i]))
+    for i in range(len(u)):
+        after[i] = exp(decay_gate[i]) * before[i] + input_gate[i]
+
+
+@njit(**EXACT)
+def _left(x):
+    """1 - e^x of a negative number; by its series near 0, where the difference would lose all digits."""
+    p = np.float32(1 / 40320) * x + np.float32(1 / 5040)
+    p = (p * x + np.float32(1 / 720)) * x + np.float32(1 / 120)
+    p = (p * x + np.float32(1 / 24)) * x + np.float32(1 / 6)
+    p = (p * x + np.float32(1 / 2)) * x + np.float32(1)
+    return -x * p if x > np.float32(-0.5) else np.float32(1) - exp(x)
 
 
 @njit(**OPTIONS)

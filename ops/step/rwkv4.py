@@ -1,66 +1,68 @@
 """One token of RWKV-4's time mix and channel mix."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
-import torch
 from numba import njit
 from torch import Tensor
 
 from ops.linear.kernels import OPTIONS, product
 from ops.native_array import array
 from ops.native_math import exp
-from ops.step import Around
+from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, unpack
 from ops.step.parts import EXACT, NOTHING, sigmoid
 
 
 def time_mix(
-    x: Tensor,
-    shift: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor],
     weights: tuple[Tensor, ...],
     mixes: tuple[Tensor, ...],
     decay: Tensor,
     bonus: Tensor,
     around: Around,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+) -> Callable[[Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
     """x [batch, 1, width], shift [batch, width], sums (numerator, denominator, maximum) [batch, width] -> y, and shift
     and sums after the token.
 
     weights: of key, value, receptance, output; mixes: shares of x in what the first three read; decay: log(-log) of it.
-    The caller has asked `ops.step.takes`.
+    The caller has asked `ops.step.fits`, and for each token `ops.step.takes`.
     """
-    y, after = torch.empty(x.shape[0], 1, x.shape[2]), torch.empty(4, x.shape[0], x.shape[2])
-    _time_mix(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        array(shift.contiguous()),
-        tuple(array(each.contiguous()) for each in sums),
-        after.numpy(),
+    norm = unpack(around)
+    bound = (
         tuple(array(each) for each in weights),
         tuple(array(each) for each in mixes),
         array(decay),
         array(bonus),
-        y.numpy()[:, 0],
     )
-    return y, after[0], (after[1], after[2], after[3])
+
+    def run(x: Tensor, shift: Tensor, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        batch, _, width = x.shape
+        y, y_rows = fresh(batch, 1, width)
+        after, after_rows = fresh(4, batch, width)
+        before = rows(sums[0]), rows(sums[1]), rows(sums[2])
+        _time_mix(rows(x)[:, 0], norm, rows(shift), before, after_rows, *bound, y_rows[:, 0])
+        new, *later = after.unbind()
+        return y, new, tuple(later)
+
+    return run
 
 
 def channel_mix(
-    x: Tensor, shift: Tensor, weights: tuple[Tensor, ...], mixes: tuple[Tensor, ...], around: Around
-) -> tuple[Tensor, Tensor]:
+    weights: tuple[Tensor, ...], mixes: tuple[Tensor, ...], around: Around
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """x [batch, 1, width], shift [batch, width] -> y and the shift after the token; weights: of key, receptance, value;
-    mixes: shares of x in what the first two read. The caller has asked `ops.step.takes`."""
-    y, after = torch.empty(x.shape[0], 1, x.shape[2]), torch.empty(x.shape[0], x.shape[2])
-    _channel_mix(
-        array(x.contiguous())[:, 0],
-        unpack(around),
-        array(shift.contiguous()),
-        after.numpy(),
-        tuple(array(each) for each in weights),
-        tuple(array(each) for each in mixes),
-        y.numpy()[:, 0],
-    )
-    return y, after
+    mixes: shares of x in what the first two read. The caller has asked `ops.step.fits`, and for each token
+    `ops.step.takes`."""
+    norm, bound = unpack(around), (tuple(array(each) for each in weights), tuple(array(each) for each in mixes))
+
+    def run(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        batch, _, width = x.shape
+        y, y_rows = fresh(batch, 1, width)
+        after, after_rows = fresh(batch, width)
+        _channel_mix(rows(x)[:, 0], norm, rows(shift), after_rows, *bound, y_rows[:, 0])
+        return y, after
+
+    return run
 
 
 @njit(**OPTIONS)

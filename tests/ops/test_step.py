@@ -1,5 +1,8 @@
 """One token of a block in one compiled call: the numbers of the block's own way, and only where it may be taken."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -168,11 +171,16 @@ def wide(made):
     made.double()
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["at once", "after a call"])
 @pytest.mark.parametrize("change", [hooked, inner_hook, adapted, other_function, strided, narrow, wide])
 @torch.no_grad()
-def test_what_it_does_not_know_goes_the_usual_way(change, counted):
+def test_what_it_does_not_know_goes_the_usual_way(change, before, counted):
     """Hooks are called, adapters and functions of somebody's own take part, other types and layouts are computed."""
     made = model("swiglu", {})
+    if before:
+        made(torch.randint(0, 11, (1, 1)), made.init_state(1))
+        assert all(counted)
+        counted.clear()
     change(made)
     called = []
     for module in made.modules():
@@ -181,6 +189,84 @@ def test_what_it_does_not_know_goes_the_usual_way(change, counted):
     made(torch.randint(0, 11, (1, 1)), made.init_state(1))
     assert not any(counted)
     assert made.blocks[0].block.up in called
+
+
+def in_place(made):
+    made.blocks[0].block.up.weight.mul_(2)
+
+
+def other_memory(made):
+    weight = made.blocks[0].block.up.weight
+    weight.data = 2 * weight.data
+
+
+def other_parameter(made):
+    up = made.blocks[0].block.up
+    up.weight = nn.Parameter(2 * up.weight)
+
+
+def other_module(made):
+    up = made.blocks[0].block.up
+    made.blocks[0].block.up = Linear(WIDTH, up.out_features, bias=False)
+    made.blocks[0].block.up.weight.copy_(2 * up.weight)
+
+
+def other_norm(made):
+    made.blocks[0].norm.weight.data = 2 * made.blocks[0].norm.weight.data
+
+
+def assigned(made):
+    made.load_state_dict({name: 1.5 * each for name, each in made.state_dict().items()}, assign=True)
+
+
+def there_and_back(made):
+    made.double().float().blocks[0].block.up.weight.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, other_memory, other_parameter, other_module, other_norm, assigned, there_and_back]
+)
+@torch.no_grad()
+def test_weights_that_change_between_calls_are_seen(change, counted):
+    made = model("swiglu", {})
+    token = torch.randint(0, 11, (1, 1))
+    before = made(token, made.init_state(1)).logits
+    change(made)
+    with ops.use("torch"):
+        wanted = made(token, made.init_state(1)).logits
+    counted.clear()
+    found = made(token, made.init_state(1)).logits
+    assert counted == [True]
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+    assert not torch.allclose(found, before)
+
+
+@torch.no_grad()
+def test_what_is_kept_goes_into_no_copy_and_no_file(counted):
+    """A copy has weights of its own, and a file none of the functions."""
+    made = model("gqa", {"heads": 4})
+    token = torch.randint(0, 11, (1, 1))
+    before = made(token, made.init_state(1)).logits
+    assert made.blocks[0]._held_step is not None
+    copied, read = copy.deepcopy(made), pickle.loads(pickle.dumps(made))
+    assert copied.blocks[0]._held_step is None
+    assert read.blocks[0]._held_step is None
+    for each in copied.parameters():
+        each.mul_(1.5)
+    counted.clear()
+    torch.testing.assert_close(made(token, made.init_state(1)).logits, before, rtol=0, atol=0)
+    torch.testing.assert_close(read(token, read.init_state(1)).logits, before, rtol=0, atol=0)
+    assert not torch.allclose(copied(token, copied.init_state(1)).logits, before)
+    assert counted == [True] * 3
+
+
+def test_what_is_kept_holds_no_memory_of_weights_that_moved():
+    made = model("swiglu", {})
+    with torch.no_grad():
+        made(torch.zeros(1, 1, dtype=torch.long), made.init_state(1))
+    assert made.blocks[0]._held_step is not None
+    made.double()
+    assert made.blocks[0]._held_step is None
 
 
 def test_gradients_and_compilation_go_the_usual_way(counted):
@@ -222,7 +308,7 @@ def test_a_subclass_with_its_own_forward_is_not_passed_by(counted):
         def forward(self, x, state=None, segments=None):
             return Out(2 * x, state, {})
 
-    assert Doubled.one_token is Block.one_token
+    assert Doubled.bind_step is Block.bind_step
     made = model("swiglu", {})
     made.blocks[0].block = Doubled(WIDTH).eval()
     x = torch.randn(1, 1, WIDTH)

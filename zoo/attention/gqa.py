@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import attention
-from ops.step import BARE, Around
-from zoo.attention.gqa_step import one_token
+from ops.step import Around
+from zoo.attention.gqa_step import bind_step
 from zoo.attention.kv_state import (
     KVState,
     RingState,
@@ -22,7 +22,7 @@ from zoo.attention.kv_state import (
     write_one,
     write_ring,
 )
-from zoo.block import Block, Out, leave, tag
+from zoo.block import Block, Out, Step, leave, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.heads import heads_and_dim
 from zoo.layers.linear import Linear
@@ -193,8 +193,8 @@ class GQA(Block):
             y = torch.where((segments != 0)[..., None], y, 0.0)
         return Out(y, state, {})
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
-        return one_token(self, x, state, around)
+    def bind_step(self, around: Around) -> Step | None:
+        return bind_step(self, around)
 
     # Attention over what the state and the call hold ---------------------------------------------------------
 

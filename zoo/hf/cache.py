@@ -101,7 +101,11 @@ class ZooCache(Cache):
 
     @states.setter
     def states(self, values: tuple[State, ...]) -> None:
-        self.layers[:] = [ZooLayer(each) for each in values]
+        if len(self.layers) == len(values):
+            for layer, each in zip(self.layers, values, strict=True):
+                layer.state = each
+        else:
+            self.layers[:] = [ZooLayer(each) for each in values]
 
     @property
     def rollback(self) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops import step
-from ops.step import BARE, Around
-from zoo.block import Block, NoState, Out, State, tag
+from ops.step import Around
+from zoo.block import STATELESS, Block, Out, State, Step, tag
 from zoo.layers.linear import Linear, plain
 
 
@@ -79,18 +79,23 @@ class FeedForward(Block):
     def activate(self, inner: Float[Tensor, "batch time inner"]) -> Float[Tensor, "batch time hidden"]:
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
 
-    def one_token(self, x: Tensor, state: State | None, around: Around = BARE) -> Out | None:
-        if not plain(self.up, self.down) or type(state) not in (type(None), NoState) or x.shape[2] != self.width:
+    def bind_step(self, around: Around) -> Step | None:
+        if not plain(self.up, self.down) or type(self).activate not in (GatedUnit.activate, MLP.activate):
             return None
         weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
-        if type(self).activate not in (GatedUnit.activate, MLP.activate):
-            return None
-        name = activation_name(self.activation)
-        if name is None or not step.takes(x, (*weights, around.weight, around.bias)):
+        name, width = activation_name(self.activation), self.width
+        if name is None or not step.fits(*weights, around.weight, around.bias):
             return None
         from ops.step.feed_forward import feed_forward
 
-        return Out(feed_forward(x, *weights, name, isinstance(self, GatedUnit), around), state, {})
+        run = feed_forward(*weights, name, isinstance(self, GatedUnit), around)
+
+        def one(x: Tensor, state: State | None) -> Out | None:
+            if type(state) not in STATELESS or not step.takes(x, width):
+                return None
+            return Out(run(x), state, {})
+
+        return one
 
     def build(self, inner: int, hidden: int, bias: bool) -> None:
         self.up = Linear(self.width, inner, bias=bias)

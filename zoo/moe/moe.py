@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.precision import autocasting
-from ops.step import BARE, Around
-from zoo.block import Block, Out, State, tag
+from ops.step import Around
+from zoo.block import Block, Out, State, Step, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.linear import Linear
 from zoo.moe import losses
 from zoo.moe.experts import Experts, build_experts
-from zoo.moe.moe_step import one_token
+from zoo.moe.moe_step import bind_step
 from zoo.moe.parallel import Exchange
 from zoo.moe.routers import Router, Routing, build_router
 
@@ -146,9 +146,9 @@ class MoE(Block):
             y = y + (bias if segments is None else torch.where((segments != 0)[..., None], bias, 0.0))
         return Out(y, state, self.aux(routing, counts, segments))
 
-    def one_token(self, x: Tensor, state: State | None, around: Around = BARE) -> Out | None:
+    def bind_step(self, around: Around) -> Step | None:
         """A call by its model alone; `forward` gives the losses and statistics of a single token too."""
-        return one_token(self, x, state, around)
+        return bind_step(self, around)
 
     def is_few(self, routing: Routing, x: Tensor) -> bool:
         """Whether to take each token in turn: decoding, where a call has no gradients and few choices."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ops import step
 from ops.step import Around
-from zoo.block import NoState, Out, State
+from zoo.block import STATELESS, Out, State, Step
 from zoo.layers.ffn import MLP, GatedUnit, activation_name
 from zoo.layers.linear import plain
 from zoo.moe.experts import GEGLUExperts, MLPExperts, SwiGLUExperts
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
 KINDS = (SwiGLUExperts, GEGLUExperts, MLPExperts)
 
 
-def one_token(block: MoE, x: Tensor, state: State | None, around: Around) -> Out | None:
-    """`Block.one_token` of MoE: the router top_k without groups, in eval mode, and experts of the usual kinds."""
+def bind_step(block: MoE, around: Around) -> Step | None:
+    """`Block.bind_step` of MoE: the router top_k without groups, in eval mode, and experts of the usual kinds."""
     router, experts = block.router, block.experts
     if type(router) is not TopK or router.groups > 1 or block.training or block.exchange is not None:
         return None
-    if type(experts) not in KINDS or type(state) not in (type(None), NoState) or x.shape[2] != block.width:
-        return None
-    if any(each._forward_hooks or each._forward_pre_hooks for each in (router, experts)):
+    if type(experts) not in KINDS or any(each._forward_hooks or each._forward_pre_hooks for each in (router, experts)):
         return None
     name = activation_name(experts.activation)
     shared = _shared(block.shared, block)
@@ -35,16 +33,22 @@ def one_token(block: MoE, x: Tensor, state: State | None, around: Around) -> Out
         return None
     biases = None if experts.up_bias is None else (experts.up_bias, experts.down_bias)
     weights = (router.weight, experts.up, experts.down, *(biases or ()), *shared, block.out_bias)
-    if not step.takes(x, (*weights, around.weight, around.bias)):
+    if not step.fits(*weights, around.weight, around.bias):
         return None
     from ops.step.moe import Choice, Shared, moe
 
     choice = Choice(router.top_k, router.order == "top_k_then_softmax", router.renormalise, router.scale)
     gated = not isinstance(experts, MLPExperts)
     always = Shared(*shared) if shared else None
-    up, down = experts.up, experts.down
-    y = moe(x, router.weight, choice, up, down, biases, name, gated, always, block.out_bias, around)
-    return Out(y, state, {})
+    up, down, width = experts.up, experts.down, block.width
+    run = moe(router.weight, choice, up, down, biases, name, gated, always, block.out_bias, around)
+
+    def one(x: Tensor, state: State | None) -> Out | None:
+        if type(state) not in STATELESS or not step.takes(x, width):
+            return None
+        return Out(run(x), state, {})
+
+    return one
 
 
 def _shared(dense: Any, block: MoE) -> tuple[Any, ...] | None:

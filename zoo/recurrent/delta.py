@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ops import delta_rule, step
-from ops.step import BARE, Around
-from zoo.block import Block, Out, enter, leave, tag
+from ops.step import Around
+from zoo.block import Block, Out, Step, enter, leave, stay, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.linear import Linear, plain
@@ -71,24 +71,33 @@ class DeltaBlock(Block):
         the kind has more than these."""
         return None
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+    def bind_step(self, around: Around) -> Step | None:
         own = self.native()
-        if own is None or type(state) is not DeltaState or not plain(self.in_proj, self.out_proj):
+        if own is None or not plain(self.in_proj, self.out_proj):
             return None
         decay, norm = own
         weights = (self.in_proj.weight, self.conv.weight, self.out_proj.weight)
-        if not (
-            step.takes(x, (*weights, *(decay or ()), norm[0], around.weight, around.bias))
-            and x.shape[2] == self.width
-            and step.holds(state.conv, len(x), self.conv.taps - 1, self.conv.channels)
-            and step.holds(state.S, len(x), self.heads, self.k_dim, self.v_dim)
-        ):
+        if not step.fits(*weights, *(decay or ()), norm[0], around.weight, around.bias):
             return None
         from ops.step.delta import delta
 
         strength = 2.0 if self.negative_eigenvalues else 1.0
-        y, conv, S = delta(x, state.conv, state.S, weights, self.key_heads, strength, decay, norm, around)
-        return Out(y, DeltaState(conv, S, leave(state.segment, None)), {})
+        run = delta(weights, self.key_heads, strength, decay, norm, around)
+        width, before, channels = self.width, self.conv.taps - 1, self.conv.channels
+        sums = (self.heads, self.k_dim, self.v_dim)
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if not (
+                type(state) is DeltaState
+                and step.takes(x, width)
+                and step.holds(state.conv, len(x), before, channels)
+                and step.holds(state.S, len(x), *sums)
+            ):
+                return None
+            y, conv, S = run(x, state.conv, state.S)
+            return Out(y, DeltaState(conv, S, stay(state.segment)), {})
+
+        return one
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> DeltaState:
         dtype = dtype or self.in_proj.weight.dtype

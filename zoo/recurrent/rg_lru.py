@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ops import linear_recurrence, step
 from ops import segments as seg
-from ops.step import BARE, Around
-from zoo.block import Block, Out, enter, leave, tag
+from ops.step import Around
+from zoo.block import Block, Out, Step, enter, leave, stay, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.linear import Linear, plain
@@ -155,26 +155,33 @@ class RGLRU(Block):
             return Out(y, None, {})
         return Out(y, RGLRUState(conv, last.to(state.h.dtype), leave(state.segment, segments)), {})
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
-        if type(state) is not RGLRUState or not plain(self.y_proj, self.x_proj, self.out_proj):
+    def bind_step(self, around: Around) -> Step | None:
+        if not plain(self.y_proj, self.x_proj, self.out_proj):
             return None
         maps = (self.y_proj, self.x_proj, self.conv, self.out_proj)
         weights, biases = tuple(each.weight for each in maps), tuple(each.bias for each in maps)
         gate, decay = self.input_gate, self.decay_gate
         gates = ((gate.weight, gate.bias), (decay.weight, decay.bias))
         rest = (*gates[0], *gates[1], self.Lambda, around.weight, around.bias)
-        if not (
-            step.takes(x, (*weights, *biases, *rest))
-            and x.shape[2] == self.width
-            and step.holds(state.conv, len(x), self.conv.taps - 1, self.inner)
-            and step.holds(state.h, len(x), self.inner)
-        ):
+        if not step.fits(*weights, *biases, *rest):
             return None
         from ops.step.rg_lru import rg_lru
 
-        first = state.segment == 0
-        y, conv, h = rg_lru(x, state.conv, state.h, first, weights, biases, gates, self.Lambda, self.c, around)
-        return Out(y, RGLRUState(conv, h, leave(state.segment, None)), {})
+        run = rg_lru(weights, biases, gates, self.Lambda, self.c, around)
+        width, before, inner = self.width, self.conv.taps - 1, self.inner
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if not (
+                type(state) is RGLRUState
+                and step.takes(x, width)
+                and step.holds(state.conv, len(x), before, inner)
+                and step.holds(state.h, len(x), inner)
+            ):
+                return None
+            y, conv, h = run(x, state.conv, state.h, state.segment == 0)
+            return Out(y, RGLRUState(conv, h, stay(state.segment)), {})
+
+        return one
 
     def recurrence(
         self, u: Float[Tensor, "batch time inner"], first: Bool[Tensor, "batch time"]

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ops import step
-from ops.step import BARE, Around
+from ops.step import Around
 from ops.wkv import empty_state, wkv
-from zoo.block import Block, Out, State, enter, leave, tag
+from zoo.block import Block, Out, State, Step, enter, leave, stay, tag
 from zoo.layers.checks import integer, place
 from zoo.layers.linear import Linear, plain
 from zoo.layers.shift import token_shift
@@ -119,23 +119,28 @@ class RWKV4(Block):
         numerator, denominator, maximum = (each.to(state.numerator.dtype) for each in final)
         return Out(y, RWKV4State(shift, numerator, denominator, maximum, leave(state.segment, segments)), {})
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+    def bind_step(self, around: Around) -> Step | None:
         linears = (self.key, self.value, self.receptance, self.output)
-        if type(state) is not RWKV4State or self.impl not in ("auto", "native") or not plain(*linears):
+        if self.impl not in ("auto", "native") or not plain(*linears):
             return None
         weights = tuple(each.weight for each in linears)
         mixes = (self.time_mix_key, self.time_mix_value, self.time_mix_receptance)
-        rest = (self.time_decay, self.time_first, around.weight, around.bias)
-        if not (
-            step.takes(x, (*weights, *mixes, *rest))
-            and x.shape[2] == self.width
-            and all(step.holds(leaf, len(x), self.width) for leaf in state[:4])
-        ):
+        if not step.fits(*weights, *mixes, self.time_decay, self.time_first, around.weight, around.bias):
             return None
         from ops.step.rwkv4 import time_mix
 
-        y, shift, sums = time_mix(x, state.shift, state[1:4], weights, mixes, self.time_decay, self.time_first, around)
-        return Out(y, RWKV4State(shift, sums[0], sums[1], sums[2], leave(state.segment, None)), {})
+        run, width = time_mix(weights, mixes, self.time_decay, self.time_first, around), self.width
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if type(state) is not RWKV4State or not step.takes(x, width):
+                return None
+            for leaf in state[:4]:
+                if not step.holds(leaf, len(x), width):
+                    return None
+            y, shift, sums = run(x, state.shift, state[1:4])
+            return Out(y, RWKV4State(shift, sums[0], sums[1], sums[2], stay(state.segment)), {})
+
+        return one
 
     def flops_per_token(self, context: int) -> int:
         """Four matrices; each mix 3 a channel; wkv 17 (two averages of numerator and denominator, a division, two
@@ -191,21 +196,26 @@ class RWKV4ChannelMix(ChannelMix):
         key = torch.relu(self.key(_mix(before, x, self.time_mix_key))).square()
         return torch.sigmoid(self.receptance(_mix(before, x, self.time_mix_receptance))) * self.value(key)
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
+    def bind_step(self, around: Around) -> Step | None:
         linears = (self.key, self.receptance, self.value)
-        if type(state) is not ChannelMixState or not plain(*linears):
+        if not plain(*linears):
             return None
         weights, mixes = tuple(each.weight for each in linears), (self.time_mix_key, self.time_mix_receptance)
-        if not (
-            step.takes(x, (*weights, *mixes, around.weight, around.bias))
-            and x.shape[2] == self.width
-            and step.holds(state.shift, len(x), self.width)
-        ):
+        if not step.fits(*weights, *mixes, around.weight, around.bias):
             return None
         from ops.step.rwkv4 import channel_mix
 
-        y, shift = channel_mix(x, state.shift, weights, mixes, around)
-        return Out(y, ChannelMixState(shift, leave(state.segment, None)), {})
+        run, width = channel_mix(weights, mixes, around), self.width
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if type(state) is not ChannelMixState or not step.takes(x, width):
+                return None
+            if not step.holds(state.shift, len(x), width):
+                return None
+            y, shift = run(x, state.shift)
+            return Out(y, ChannelMixState(shift, stay(state.segment)), {})
+
+        return one
 
     def flops_per_token(self, context: int) -> int:
         """Three matrices; each mix 3 a channel, relu² 2 a hidden unit, the gate 2 a channel."""

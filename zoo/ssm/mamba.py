@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ops import selective_scan, step
-from ops.step import BARE, Around
-from zoo.block import Block, Out, enter, leave, tag
+from ops.step import Around
+from zoo.block import Block, Out, Step, enter, leave, stay, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.linear import Linear, plain
@@ -152,8 +152,8 @@ class Mamba(Block):
             return Out(y, None, {})
         return Out(y, MambaState(conv, scan, leave(state.segment, segments)), {})
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
-        if type(state) is not MambaState or not plain(self.in_proj, self.x_proj, self.out_proj, wide=(self.dt_proj,)):
+    def bind_step(self, around: Around) -> Step | None:
+        if not plain(self.in_proj, self.x_proj, self.out_proj, wide=(self.dt_proj,)):
             return None
         norms = None
         if self.inner_norm_eps is not None:
@@ -161,20 +161,25 @@ class Mamba(Block):
         linears = (self.in_proj, self.conv, self.x_proj, self.dt_proj, self.out_proj)
         weights = tuple(each.weight for each in linears)
         biases = tuple(each.bias for each in linears)
-        rest = (self.A_log, self.D, *(norms or ()), around.weight, around.bias)
-        batch = len(x)
-        if not (
-            step.takes(x, (*weights, *biases, *rest))
-            and x.shape[2] == self.width
-            and step.holds(state.conv, batch, self.conv.taps - 1, self.inner)
-            and step.holds(state.scan, batch, self.inner, self.state_size)
-        ):
+        if not step.fits(*weights, *biases, self.A_log, self.D, *(norms or ()), around.weight, around.bias):
             return None
         from ops.step.mamba import mamba
 
-        eps = self.inner_norm_eps or 0.0
-        y, conv, scan = mamba(x, state.conv, state.scan, weights, biases, self.A_log, self.D, norms, eps, around)
-        return Out(y, MambaState(conv, scan, leave(state.segment, None)), {})
+        run = mamba(weights, biases, self.A_log, self.D, norms, self.inner_norm_eps or 0.0, around)
+        width, before, inner, state_size = self.width, self.conv.taps - 1, self.inner, self.state_size
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if not (
+                type(state) is MambaState
+                and step.takes(x, width)
+                and step.holds(state.conv, len(x), before, inner)
+                and step.holds(state.scan, len(x), inner, state_size)
+            ):
+                return None
+            y, conv, scan = run(x, state.conv, state.scan)
+            return Out(y, MambaState(conv, scan, stay(state.segment)), {})
+
+        return one
 
     def _initial(self, state: MambaState, x: Tensor) -> MambaState:
         """What a row begins another document with, in the given state's own dtypes."""

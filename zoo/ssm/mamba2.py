@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ops import ssd, step
-from ops.step import BARE, Around
-from zoo.block import Block, Out, enter, leave, tag
+from ops.step import Around
+from zoo.block import Block, Out, Step, enter, leave, stay, tag
 from zoo.layers.checks import integer, number
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.gated_norm import GatedRMSNorm
@@ -155,26 +155,35 @@ class Mamba2(Block):
             return Out(y, None, {})
         return Out(y, Mamba2State(conv, last, leave(state.segment, segments)), {})
 
-    def one_token(self, x: Tensor, state: Any, around: Around = BARE) -> Out | None:
-        if type(state) is not Mamba2State or not plain(self.in_proj, self.out_proj):
+    def bind_step(self, around: Around) -> Step | None:
+        if not plain(self.in_proj, self.out_proj):
             return None
         linears = (self.in_proj, self.conv, self.out_proj)
         weights, biases = tuple(each.weight for each in linears), tuple(each.bias for each in linears)
         heads = (self.A_log, self.D, self.dt_bias)
-        if not (
-            step.takes(x, (*weights, *biases, *heads, self.norm.weight, around.weight, around.bias))
-            and x.shape[2] == self.width
-            and step.holds(state.conv, len(x), self.conv.taps - 1, self.sizes[1])
-            and step.holds(state.ssd, len(x), self.heads, self.state_size, self.head_dim)
-        ):
+        if not step.fits(*weights, *biases, *heads, self.norm.weight, around.weight, around.bias):
             return None
         from ops.step.mamba2 import mamba2
 
         low, high = (0.0, None) if self.dt_limit is None else self.dt_limit
         limit = (low, math.inf if high is None else high)
         norm = (self.norm.weight, self.norm.groups, self.norm.before_gate, self.norm.eps)
-        y, conv, last = mamba2(x, state.conv, state.ssd, weights, biases, heads, self.groups, limit, norm, around)
-        return Out(y, Mamba2State(conv, last, leave(state.segment, None)), {})
+        run = mamba2(weights, biases, heads, self.groups, limit, norm, around)
+        width, before, channels = self.width, self.conv.taps - 1, self.sizes[1]
+        sums = (self.heads, self.state_size, self.head_dim)
+
+        def one(x: Tensor, state: Any) -> Out | None:
+            if not (
+                type(state) is Mamba2State
+                and step.takes(x, width)
+                and step.holds(state.conv, len(x), before, channels)
+                and step.holds(state.ssd, len(x), *sums)
+            ):
+                return None
+            y, conv, last = run(x, state.conv, state.ssd)
+            return Out(y, Mamba2State(conv, last, stay(state.segment)), {})
+
+        return one
 
     def _initial(self, state: Mamba2State, x: Tensor) -> Mamba2State:
         """What a row begins another document with, in the given state's own dtypes."""
