@@ -13,11 +13,12 @@ import torch
 
 
 def main() -> None:
-    slow = "--slow" in sys.argv
-    importlib.import_module("benchmarks.ops_cpu").main([], slow)
+    importlib.import_module("benchmarks.ops_cpu").main([])
     for name in ("moe_cpu", "convolutions_cpu", "training_cpu"):
         importlib.import_module(f"benchmarks.{name}").main()
-    importlib.import_module("benchmarks.models_cpu").main([], slow)
+    importlib.import_module("benchmarks.models_cpu").main([])
+    if "--slow" in sys.argv:
+        importlib.import_module("benchmarks.mamba_training_cpu").main()
     if torch.cuda.is_available():
         importlib.import_module("benchmarks.gpu.__main__").main([])
 

@@ -63,15 +63,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False},
     ),
 }
-# Training steps of transformers that take minutes: measured with `--slow` alone.
+# Training steps of transformers that take minutes and more: see benchmarks.mamba_training_cpu.
 SLOW = ("mamba", "jamba")
 
 
-def pair(name: str) -> tuple[Any, ZooForCausalLM]:
-    """transformers' model of random weights and ours with the same."""
+def pair(name: str, **changed: Any) -> tuple[Any, ZooForCausalLM]:
+    """transformers' model of random weights and ours with the same; `changed`: options unlike those of SIZES."""
     kind, options = MODELS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options | changed)
     theirs = transformers.AutoModelForCausalLM.from_config(config).float()
     return theirs, zoo.convert.load(theirs)
 
@@ -94,12 +94,12 @@ def step(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def training(name: str, theirs: Any, ours: ZooForCausalLM, slow: bool) -> Iterator[list[dict[str, Any]]]:
+def training(name: str, theirs: Any, ours: ZooForCausalLM, slow: bool = False) -> Iterator[list[dict[str, Any]]]:
     for batch, time in ((2, 512), (1, 2048)):
         tokens = torch.randint(3, SIZES["vocab_size"], (batch, time + 1))
         peer: Any = step(theirs.train(), tokens)
         if name in SLOW and not slow:
-            peer = "takes minutes; run with --slow"
+            peer = "takes minutes: see mamba_training_cpu"
         yield contest(
             f"{name} train",
             f"{batch}x{time}",
@@ -144,11 +144,11 @@ def decode(name: str, theirs: Any, ours: ZooForCausalLM, new: int = 64) -> list[
         },
         work=Work(0, (weights + 2 * state) * new),
         tokens=new,
-        repeats=3,
+        repeats=5,
     )
 
 
-def main(names: list[str], slow: bool = False) -> None:
+def main(names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     keep_freed_memory()  # for all who run here: fresh pages cost a training step a quarter
@@ -157,7 +157,7 @@ def main(names: list[str], slow: bool = False) -> None:
         theirs, ours = pair(name)
         print(f"{name}: {count(ours):,} parameters, theirs {theirs.num_parameters():,}", flush=True)
         for found in (
-            *training(name, theirs, ours, slow),
+            *training(name, theirs, ours),
             prefill(name, theirs, ours),
             decode(name, theirs, ours),
         ):
@@ -167,4 +167,4 @@ def main(names: list[str], slow: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main([each for each in sys.argv[1:] if each != "--slow"], "--slow" in sys.argv)
+    main(sys.argv[1:])

@@ -1,9 +1,9 @@
 """Time of the ops' CPU implementations beside peers, forward and with backward: part of `python -m benchmarks`; alone
-`python -m benchmarks.ops_cpu [GROUP ...] [--slow]`.
+`python -m benchmarks.ops_cpu [GROUP ...]`.
 
 float32, all of torch's threads, medians of one process with the contestants in turns. Peers are the loops and chunked
-forms of transformers, mambapy's parallel scan and torch's own operations. `--slow` also runs the backward pass of
-transformers' loop of the selective scan, which takes minutes. Roof: the bytes of inputs and outputs (and of their
+forms of transformers, mambapy's parallel scan and torch's own operations. The backward pass of
+transformers' loop of the selective scan takes minutes and is in `mamba_training_cpu`. Roof: the bytes of inputs and outputs (and of their
 gradients), each once, and the arithmetic of the recurrence, an exponential counted as one operation.
 """
 
@@ -67,7 +67,7 @@ def versus(
     return rows + contest(f"{task} with backward", shape, calls(both, slow or {}), work=work, repeats=repeats)
 
 
-def selective_scan(slow: bool) -> Rows:
+def selective_scan(slow: bool = False) -> Rows:
     batch, length, channels, n = 2, 2048, 1024, 16
     x, z = torch.randn(2, batch, length, channels)
     dt = torch.rand(batch, length, channels) * 0.1
@@ -91,12 +91,12 @@ def selective_scan(slow: bool) -> Rows:
         "mambapy, pscan": peer("mambapy.pscan", "pscan", parallel),
     }
     shape = f"batch {batch}, time {length}, channels {channels}, states {n}"
-    left_out = {} if slow else {"transformers, loop": "takes minutes; run with --slow"}
+    left_out = {} if slow else {"transformers, loop": "takes minutes: see mamba_training_cpu"}
     flops = 9 * batch * length * channels * n
     return versus("selective_scan", shape, [x, dt, A, B, C, D, z], runs, flops, left_out, 5)
 
 
-def wkv(slow: bool) -> Rows:
+def wkv() -> Rows:
     batch, length, channels = 2, 2048, 1024
     k, v = torch.randn(2, batch, length, channels)
     decay, bonus = torch.rand(channels), torch.randn(channels)
@@ -113,7 +113,7 @@ def wkv(slow: bool) -> Rows:
     return versus("wkv", shape, [k, v, decay, bonus], runs, 17 * k.numel(), repeats=5)
 
 
-def linear_recurrence(slow: bool) -> Rows:
+def linear_recurrence() -> Rows:
     batch, length, channels = 2, 2048, 1024
     x, a = torch.randn(batch, length, channels), torch.rand(batch, length, channels)
 
@@ -137,7 +137,7 @@ def linear_recurrence(slow: bool) -> Rows:
     )
 
 
-def causal_conv1d(slow: bool) -> Rows:
+def causal_conv1d() -> Rows:
     batch, length, channels = 2, 2048, 1024
     x, weight, bias = torch.randn(batch, length, channels), torch.randn(channels, 4), torch.randn(channels)
 
@@ -153,7 +153,7 @@ def causal_conv1d(slow: bool) -> Rows:
     return versus("causal_conv1d", shape, [x, weight, bias], runs, 11 * x.numel())
 
 
-def delta_rule(slow: bool) -> Rows:
+def delta_rule() -> Rows:
     batch, length, heads, d = 2, 1024, 8, 64
     q, k, v = torch.nn.functional.normalize(torch.randn(3, batch, length, heads, d), dim=-1)
     beta, decay = torch.rand(batch, length, heads), -torch.rand(batch, length, heads)
@@ -171,7 +171,7 @@ def delta_rule(slow: bool) -> Rows:
     return versus("delta_rule, a decay a head", shape, [q, k, v, beta, decay], runs, flops, repeats=5)
 
 
-def ssd(slow: bool) -> Rows:
+def ssd() -> Rows:
     batch, length, heads, p, n = 2, 1024, 16, 64, 128
     x, dt = torch.randn(batch, length, heads, p), torch.rand(batch, length, heads) * 0.1
     A, B, C = -torch.rand(heads) - 1, *torch.randn(2, batch, length, 1, n)
@@ -192,7 +192,7 @@ def ssd(slow: bool) -> Rows:
     return versus("ssd", shape, [x, dt, A, B, C], runs, 5 * batch * length * heads * p * n, repeats=5)
 
 
-def windows(slow: bool) -> Rows:
+def windows() -> Rows:
     batch, length, heads, d, window = 8, 512, 4, 32, 128
     q, k, v = torch.randn(3, batch, length, heads, d)
     distance = torch.arange(length)[:, None] - torch.arange(length)
@@ -206,7 +206,7 @@ def windows(slow: bool) -> Rows:
     return versus("attention, window", shape, [q, k, v], runs, 4 * q.numel() * window, repeats=11)
 
 
-def linear(slow: bool) -> Rows:
+def linear() -> Rows:
     x, weights = torch.randn(1, 512), torch.randn(4, 32000, 512)  # four, so that none is in the cache
     turn = iter(range(10**9))
     work = Work(2 * weights[0].numel(), 4 * weights[0].numel())
@@ -223,12 +223,12 @@ GROUPS: dict[str, Callable[[bool], Rows]] = {
 }
 
 
-def main(names: list[str], slow: bool = False) -> None:
+def main(names: list[str]) -> None:
     torch.manual_seed(0)
-    rows = [row for name in names or GROUPS for row in GROUPS[name](slow)]
+    rows = [row for name in names or GROUPS for row in GROUPS[name]()]
     if not names:
         write("ops_cpu", "# Ops on the CPU", rows)
 
 
 if __name__ == "__main__":
-    main([each for each in sys.argv[1:] if each != "--slow"], "--slow" in sys.argv)
+    main(sys.argv[1:])
