@@ -2,8 +2,8 @@
 `python -m benchmarks.ops_cpu [GROUP ...]`.
 
 float32, all of torch's threads, medians of one process with the contestants in turns. Peers are the loops and chunked
-forms of transformers, mambapy's parallel scan and torch's own operations. The backward pass of
-transformers' loop of the selective scan takes minutes and is in `mamba_training_cpu`. Roof: the bytes of inputs and outputs (and of their
+forms of transformers, mambapy's parallel scan and torch's own operations. The backward pass of transformers' loop of
+the selective scan takes minutes and is in `mamba_training_cpu`. Roof: the bytes of inputs and outputs (and of their
 gradients), each once, and the arithmetic of the recurrence, an exponential counted as one operation.
 """
 
