@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = ("zoo.attention", "zoo.ssm", "zoo.recurrent", "zoo.moe")
 LAYERS = [
     ("ops",),
+    ("zoo.kept",),
     ("zoo.block",),
     ("zoo.layers", "zoo.registry"),  # the registry names blocks as strings; a block of blocks builds them by it
     FAMILIES,

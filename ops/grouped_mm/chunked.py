@@ -12,29 +12,26 @@ def rows(
     x: Float[Tensor, "rows k"], weight: Float[Tensor, "groups k n"], sizes: Int[Tensor, " groups"]
 ) -> Float[Tensor, "rows n"]:
     out = x.new_empty(x.shape[0], weight.shape[2])
-    *groups, behind = host_sizes(sizes, x.shape[0])
-    start = 0
-    for group, size in enumerate(groups):
-        if size:
-            torch.mm(x[start : start + size], weight[group], out=out[start : start + size])
-        start += size
-    if behind:
-        out[start:].zero_()
+    parts = host_sizes(sizes, x.shape[0])
+    # All views at once: a slice at a time, they took a tenth of the time of 64 small products.
+    *made, behind = out.split(parts)
+    for taken, matrix, result in zip(x.split(parts), weight.unbind(), made, strict=False):
+        if len(taken):
+            torch.mm(taken, matrix, out=result)
+    behind.zero_()
     return out
 
 
 def outer(
     x: Float[Tensor, "rows k"], y: Float[Tensor, "rows n"], sizes: Int[Tensor, " groups"]
 ) -> Float[Tensor, "groups k n"]:
-    groups = host_sizes(sizes, x.shape[0])[:-1]
-    out = x.new_empty(len(groups), x.shape[1], y.shape[1])
-    start = 0
-    for group, size in enumerate(groups):
-        if size:
-            torch.mm(x[start : start + size].T, y[start : start + size], out=out[group])
+    parts = host_sizes(sizes, x.shape[0])
+    out = x.new_empty(len(parts) - 1, x.shape[1], y.shape[1])
+    for left, right, result in zip(x.T.split(parts, 1), y.split(parts), out.unbind(), strict=False):
+        if len(right):
+            torch.mm(left, right, out=result)
         else:
-            out[group].zero_()
-        start += size
+            result.zero_()
     return out
 
 

@@ -1,13 +1,14 @@
 """The filters of diagonal state space models, without the channels × n × length matrix in memory: the Vandermonde sum
 of S4D and DSS (2206.11893, eq. 7; 2203.14343) and the Cauchy sum of S4 (2111.00396, algorithm 1)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from ops.dispatch import Implementation, Op, refuse_triton
+from ops.dispatch import Implementation, Op, refuse_native, refuse_triton, tensors
 
 
 def _vandermonde_reference(**arguments: Any) -> Tensor:
@@ -34,6 +35,18 @@ def _cauchy_chunked(**arguments: Any) -> Tensor:
     return run(**arguments)
 
 
+def _cauchy_native(**arguments: Any) -> Tensor:
+    from ops.ssm_kernel.native import cauchy as run
+
+    return run(**arguments)
+
+
+def _refuse_cauchy_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
+    if any(each.dtype != torch.complex64 for each in tensors(arguments)):
+        return "takes complex64 alone; use chunked"
+    return refuse_native(arguments, forced)
+
+
 def _vandermonde_triton(**arguments: Any) -> Tensor:
     from ops.ssm_kernel.triton import vandermonde as run
 
@@ -55,6 +68,7 @@ _VANDERMONDE = Op(
 _CAUCHY = Op(
     "cauchy",
     Implementation("triton", _cauchy_triton, refuse_triton),
+    Implementation("native", _cauchy_native, _refuse_cauchy_native),
     Implementation("chunked", _cauchy_chunked),
     Implementation("reference", _cauchy_reference),
 )
@@ -108,9 +122,10 @@ def cauchy(
     Returns the widest of the inputs' dtypes; each input has a gradient. z must be finite and meet no pole (the sum is
     infinite there).
 
-    `impl`: "auto", "triton" (CUDA), "chunked" (any device, in blocks of 2²⁰ numbers) or "reference" (a loop over n).
-    Cost: about 20·channels·n·length FLOPs, twice that for conjugate pairs and about three times that backward. "triton"
-    and "chunked" keep their inputs alone for the backward pass.
+    `impl`: "auto", "triton" (CUDA), "native" (numba, CPU, complex64, summed in complex128), "chunked" (any device, in
+    blocks of 2²⁰ numbers) or "reference" (a loop over n).
+    Cost: about 20·channels·n·length FLOPs, twice that for conjugate pairs and about three times that backward. All but
+    "reference" keep their inputs alone for the backward pass.
 
     Raises ValueError for shapes that do not fit or an unknown `impl`; TypeError for tensors that are not complex64 or
     complex128; RuntimeError for an `impl` that cannot take these tensors.

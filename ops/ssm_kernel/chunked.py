@@ -121,10 +121,13 @@ def _cauchy_backward(
             first = first + einsum(g.conj_physical(), inverse, "c l, c n l -> c n")
             second = second + einsum(g.conj_physical(), inverse * inverse, "c l, c n l -> c n")
         dweights, dinverse = dweights + first, dinverse + second
-    dz = None
-    if need_z:
-        dz = -einsum(dK, _cauchy_sum(weights, z, poles, conjugate, 2).conj_physical(), "c l, c l -> l")
+    dz = cauchy_places(dK, weights, z, poles, conjugate) if need_z else None
     return dweights, weights.conj_physical() * dinverse, dz
+
+
+def cauchy_places(dK: Tensor, weights: Tensor, z: Tensor, poles: Tensor, conjugate: bool) -> Complex[Tensor, " length"]:
+    """The gradient of z."""
+    return -einsum(dK, _cauchy_sum(weights, z, poles, conjugate, 2).conj_physical(), "c l, c l -> l")
 
 
 _vandermonde = vandermonde_op("chunked", _vandermonde_forward, _vandermonde_backward)

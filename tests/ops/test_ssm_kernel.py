@@ -205,6 +205,32 @@ def test_strided_and_conjugate_inputs(impl):
         close(found, gradients(lambda w, p: cauchy(w, z, p, impl="reference"), weights, each), 1e-11)
 
 
+@pytest.mark.parametrize("conjugate", [True, False])
+@pytest.mark.parametrize("length", [1, 37, 512, 1100])
+def test_native_cauchy(length, conjugate):
+    """More exact than float32 everywhere: only inputs and outputs are rounded. Lengths beside its parts of 512."""
+    pytest.importorskip("numba")
+    weights, poles = (each.to(torch.complex64) for each in entries(5, 9))
+    inputs = [weights.conj(), (2 * normal(length)).to(torch.complex64), poles[:1].expand(5, 9)]
+    found = gradients(lambda *values: cauchy(*values, conjugate=conjugate, impl="native"), *inputs)
+    wide = [each.cdouble() for each in inputs]
+    expected = gradients(lambda *values: cauchy(*values, conjugate=conjugate, impl="reference"), *wide)
+    assert all(each.dtype == torch.complex64 for each in found)
+    close([each.cdouble() for each in found], expected, 1e-6)
+    assert ops.explain(cauchy, *inputs).chosen == "native"
+
+
+def test_native_cauchy_far_from_and_close_to_a_pole():
+    pytest.importorskip("numba")
+    z = torch.tensor([1e25, 1e-30j, 1e8j, 1.0, 3.0000005j], dtype=torch.complex64)
+    poles = torch.tensor([[-1e-6 + 3j, -1e-6 + 0j]], dtype=torch.complex64)
+    found = cauchy(torch.ones_like(poles), z, poles, impl="native")
+    wide = cauchy(torch.ones_like(poles).cdouble(), z.cdouble(), poles.cdouble(), impl="reference")
+    torch.testing.assert_close(found.cdouble(), wide, rtol=1e-5, atol=1e-30)
+    with pytest.raises(RuntimeError, match="complex64"):
+        cauchy(poles.cdouble(), z.cdouble(), poles.cdouble(), impl="native")
+
+
 class Largest(TorchDispatchMode):
     """The most numbers (a complex one is two) that any tensor made inside holds."""
 

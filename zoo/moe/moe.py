@@ -51,7 +51,8 @@ class _Combine(torch.autograd.Function):
         rows, weights, order, inverse = ctx.saved_tensors
         grad = grads[0].index_select(0, order // inverse.shape[1])
         to_weights = torch.linalg.vecdot(grad, rows)[inverse]
-        return grad * weights.reshape(-1)[order][:, None], to_weights, None, None
+        scale = weights.reshape(-1)[order][:, None]
+        return grad * scale if torch.is_grad_enabled() else grad.mul_(scale), to_weights, None, None
 
 
 class MoE(Block):
