@@ -159,13 +159,18 @@ class Checkpoints(ModelCheckpoint):
 
 
 def export(trainer: Any, folder: Path) -> None:
-    """Save the model as a Hugging Face folder, the tokenizer beside it. Every rank calls; rank 0 writes."""
-    module: LanguageModule = trainer.lightning_module
+    """Save the model as a Hugging Face folder, the tokenizer beside it. Every rank calls; rank 0 writes, and the others
+    wait for it: one that ended earlier could close its connections while rank 0 still reads what it sent."""
     state = gather(trainer)
-    if not trainer.is_global_zero:
-        return
+    if trainer.is_global_zero:
+        _write(trainer, folder, state)
+    trainer.strategy.barrier("export")
+
+
+def _write(trainer: Any, folder: Path, state: dict[str, Tensor]) -> None:
     from zoo.hf import hide_progress, save_byte_tokenizer
 
+    module: LanguageModule = trainer.lightning_module
     hide_progress()  # one bar on the screen is enough
     tokenizer = getattr(trainer.datamodule, "tokenizer", None)
     with atomically(folder) as temporary:

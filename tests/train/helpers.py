@@ -101,7 +101,7 @@ def write_config(path: Path, text: Path, stack: list[Any] = DENSE, **trainer_opt
 def start(*arguments: Any) -> subprocess.Popen[str]:
     """Start a command in a process of its own, on one thread, away from any distributed settings of this one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "ZOO_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "train.cli", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -115,7 +115,7 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], expected: int = 0, seconds: int = 300) -> str:
     """Wait for it; its output."""
     output, _ = process.communicate(timeout=seconds)
-    assert process.returncode == expected, output[-4000:]
+    assert process.returncode == expected, output[-20000:]
     return output
 
 
