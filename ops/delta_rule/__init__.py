@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops import segments as seg
-from ops.dispatch import Implementation, Op, refuse_triton, tensors
+from ops.dispatch import Implementation, Op, refuse_native, refuse_triton, tensors
 
 Result = tuple[Tensor, Tensor]
 
@@ -28,6 +28,13 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
     return refuse_triton(arguments, forced)
 
 
+def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
+    decay = arguments["log_decay"]
+    if not forced and (decay is None or decay.ndim < 4 or arguments["q"].shape[1] == 1):
+        return "differs from chunked for several tokens with a decay a key channel alone"
+    return refuse_native(arguments, forced)
+
+
 def _reference(**arguments: Any) -> Result:
     from ops.delta_rule.reference import reference
 
@@ -40,6 +47,12 @@ def _chunked(**arguments: Any) -> Result:
     return chunked(**arguments)
 
 
+def _native(**arguments: Any) -> Result:
+    from ops.delta_rule.native import native
+
+    return native(**arguments)
+
+
 def _triton(**arguments: Any) -> Result:
     from ops.delta_rule.triton import triton_delta_rule
 
@@ -49,6 +62,7 @@ def _triton(**arguments: Any) -> Result:
 _OP = Op(
     "delta_rule",
     Implementation("triton", _triton, _refuse_triton),
+    Implementation("native", _native, _refuse_native),
     Implementation("chunked", _chunked),
     Implementation("reference", _reference),
 )
@@ -91,7 +105,8 @@ def delta_rule(
     Returns y, in v's dtype, and S after each row's last valid token, in the dtype it is summed in: the widest of the
     inputs' dtypes and float32. Every tensor input has a gradient, also through the final state.
 
-    `impl`: "auto", "triton" (CUDA), "chunked" (any device) or "reference" (a loop over time).
+    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops where a decay a key channel is), "chunked" (any
+    device) or "reference" (a loop over time).
     Cost: about batch·time·heads·(6·k_dim·v_dim + chunk·(4·k_dim + 3·v_dim)) FLOPs forward and twice that backward, in
     chunks of 16 to 64 tokens (4·chunk·k_dim once more times log2(chunk) with a decay a key channel; with `erase` two
     products of k and v more); memory O(time) and one state a chunk. The reference keeps a state a token.

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ops.delta_rule.common import Rule, make_rule
 from ops.delta_rule.step import step
-from ops.linear_attention.pairs import pairs
+from ops.linear_attention.pairs import Pairs, pairs
 from ops.precision import full_precision, state_dtype
 
 # Tokens, by the dimensions of the decay (0: none).
@@ -35,6 +35,7 @@ def chunked(
     scale: float = 1.0,
     initial_state: Float[Tensor, "batch heads k_dim v_dim"] | None = None,
     segments: Int[Tensor, "batch time"] | None = None,
+    pairs: Pairs = pairs,
 ) -> tuple[Float[Tensor, "batch time heads v_dim"], Float[Tensor, "batch heads k_dim v_dim"]]:
     """See `ops.delta_rule`. Keeps the state before each chunk and the pairs within for the backward pass."""
     if q.shape[1] == 1:
@@ -45,7 +46,7 @@ def chunked(
         batch, time, heads, v_dim = v.shape
         wide = rule.log_decay is not None and rule.log_decay.shape[-1] > 1
         chunk = min(CHUNK[4 if wide else 0 if rule.log_decay is None else 3], 1 << (time - 1).bit_length())
-        met = meet(split(rule, chunk))
+        met = meet(split(rule, chunk), pairs)
         state = met.b.new_zeros(batch, heads, q.shape[-1], v_dim) if initial_state is None else initial_state.to(dtype)
         y, state = _carry(met, state)
         y = rearrange(y, "n b h c v -> b (n c) h v")[:, :time]
@@ -80,7 +81,7 @@ class Met(NamedTuple):
     total: Float[Tensor, "n #b #h #k 1"] | None
 
 
-def meet(rule: Rule) -> Met:
+def meet(rule: Rule, pairs: Pairs) -> Met:
     """The pairs within each chunk, and its triangular system solved: with A the strictly lower triangle of what a
     token's `a` sees of earlier b, (I - A) u = w + a S."""
     q, a, b, k = rule.q, rule.a, rule.b, rule.k

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ops import segments as seg
-from ops.dispatch import Implementation, Op, refuse_triton, tensors
+from ops.dispatch import Implementation, Op, refuse_native, refuse_triton, tensors
 
 Result = tuple[Tensor, Tensor, Tensor | None]
 
@@ -22,6 +22,13 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
     if arguments["v"].is_cuda and any(each.dtype == torch.float64 for each in tensors(arguments)):
         return "takes float64 under the interpreter alone; use chunked, or float32"
     return refuse_triton(arguments, forced)
+
+
+def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
+    decay = arguments["log_decay"]
+    if not forced and (decay is None or decay.ndim < 4 or arguments["q"].shape[1] == 1):
+        return "differs from chunked for several tokens with a decay a key channel alone"
+    return refuse_native(arguments, forced)
 
 
 def _reference(**arguments: Any) -> Result:
@@ -36,6 +43,12 @@ def _chunked(**arguments: Any) -> Result:
     return chunked(**arguments)
 
 
+def _native(**arguments: Any) -> Result:
+    from ops.linear_attention.native import native
+
+    return native(**arguments)
+
+
 def _triton(**arguments: Any) -> Result:
     from ops.linear_attention.triton import triton_linear_attention
 
@@ -45,6 +58,7 @@ def _triton(**arguments: Any) -> Result:
 _OP = Op(
     "linear_attention",
     Implementation("triton", _triton, _refuse_triton),
+    Implementation("native", _native, _refuse_native),
     Implementation("chunked", _chunked),
     Implementation("reference", _reference),
 )
@@ -89,7 +103,8 @@ def linear_attention(
     they are summed in: the widest of the inputs' dtypes and float32. Every tensor input has a gradient, also through
     the final states.
 
-    `impl`: "auto", "triton" (CUDA), "chunked" (any device) or "reference" (a loop over time).
+    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops where a decay a key channel is), "chunked" (any
+    device) or "reference" (a loop over time).
     Cost: about 4·batch·time·heads·(k_dim·v_dim + chunk·(k_dim + v_dim) / 2) FLOPs forward and twice that backward, in
     chunks of 16 to 64 tokens (once more times log2(chunk) within the chunk with a decay a key channel); memory O(time)
     and one state a chunk. The reference keeps a state a token.

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, einsum
 from torch.nn.functional import pad
 
-from ops.linear_attention.pairs import pairs
+from ops.linear_attention.pairs import Pairs, pairs
 from ops.linear_attention.step import step
 from ops.precision import full_precision, state_dtype
 from ops.segments import marks
@@ -32,6 +32,7 @@ def chunked(
     initial_state: Float[Tensor, "batch heads k_dim v_dim"] | None = None,
     initial_normaliser: Float[Tensor, "batch heads k_dim"] | None = None,
     segments: Int[Tensor, "batch time"] | None = None,
+    pairs: Pairs = pairs,
 ) -> tuple[
     Float[Tensor, "batch time heads v_dim"],
     Float[Tensor, "batch heads k_dim v_dim"],
@@ -57,7 +58,7 @@ def chunked(
             if state is not None and initial_normaliser is not None:
                 state = torch.cat([state, initial_normaliser.to(dtype)[..., None]], -1)
         decay, reset = _decay(log_decay, mark, q.shape[1], dtype)
-        y, state = _chunks(q, k, v, decay, reset, None if bonus is None else bonus.to(dtype), state)
+        y, state = _chunks(q, k, v, decay, reset, None if bonus is None else bonus.to(dtype), state, pairs)
         if normalise:
             y = y[..., :-1] / y[..., -1:].clamp_min(eps)
             return y.to(given), state[..., :-1].contiguous(), state[..., -1].contiguous()
@@ -97,6 +98,7 @@ def _chunks(
     reset: Float[Tensor, "b time 1 1"] | None,
     bonus: Float[Tensor, "heads k"] | None,
     state: Float[Tensor, "b heads k v"] | None,
+    pairs: Pairs,
 ) -> tuple[Float[Tensor, "b time heads v"], Float[Tensor, "b heads k v"]]:
     """y and the final state. Letters of the products: n chunks, g groups, r heads a group, i and j tokens of a chunk;
     q and k stay one a group wherever the decay allows."""

@@ -7,7 +7,7 @@ one meet at the middle, with exp(middle to t) <= 1 and exp(s to middle) <= 1. Ev
 numbers of one sign; log2(chunk) exponentials a token do it, and the rest is matrix products.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 # Shapes: ... are batch dimensions that broadcast, c the tokens of a chunk (a power of 2), d channels: 1 or k_dim.
+
+
+# Of `pairs`, or another way to compute it.
+Pairs = Callable[[Tensor | None, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, ...]]
 
 
 class Sums(NamedTuple):

@@ -14,7 +14,7 @@ import ops
 from ops import delta_rule
 
 GPU = torch.cuda.is_available()
-IMPLEMENTATIONS = ("chunked", "triton")
+IMPLEMENTATIONS = ("chunked", "native", "triton")
 FORMS = (0, 1, 3, 4)  # dimensions of the log decay: none, a head, a head and step, a key channel and step
 RULES = ("plain", "beta", "erase")
 OPTIONS = ("initial", "packed", "grouped")
@@ -189,9 +189,8 @@ def test_a_key_holds_what_was_written_last(impl):
         torch.testing.assert_close(S[0, 0, key].cpu(), latest, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("rule", ["beta", "erase"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("impl", "form"), [*itertools.product(["reference", "chunked"], FORMS), ("native", 4)])
 def test_gradients_are_the_slopes(impl, rule, form, small_chunks):
     """Against finite differences; chunked twice."""
     given = inputs(form, rule, OPTIONS, batch=1, time=6, groups=1, k_dim=2, v_dim=1)
@@ -203,7 +202,7 @@ def test_gradients_are_the_slopes(impl, rule, form, small_chunks):
         return call(impl, dict(zip(names, values, strict=True)) | given)
 
     assert torch.autograd.gradcheck(function, values)
-    assert impl == "reference" or torch.autograd.gradgradcheck(function, values, fast_mode=True)
+    assert impl != "chunked" or torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
 @pytest.mark.parametrize("options", EVERY, ids="-".join)
@@ -211,6 +210,12 @@ def test_gradients_are_the_slopes(impl, rule, form, small_chunks):
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_equals_reference(form, rule, options, small_chunks):
     compare("chunked", inputs(form, rule, options, batch=2), scale=0.7)
+
+
+@pytest.mark.parametrize("options", EVERY, ids="-".join)
+@pytest.mark.parametrize("rule", RULES)
+def test_native_equals_reference(rule, options, small_chunks):
+    compare("native", inputs(4, rule, options, batch=2), scale=0.7)
 
 
 @pytest.mark.parametrize(("rule", "options"), [("plain", ()), ("beta", OPTIONS), ("erase", OPTIONS)])
@@ -222,10 +227,10 @@ def test_triton_equals_reference(form, rule, options, small_chunks):
 
 
 @pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 64, 65, 130])
-@pytest.mark.parametrize("form", FORMS)
-def test_lengths_around_a_chunk(form, time):
+@pytest.mark.parametrize(("impl", "form"), [*itertools.product(["chunked"], FORMS), ("native", 4)])
+def test_lengths_around_a_chunk(impl, form, time):
     """The chunks as they are, of 32 and 64 tokens."""
-    compare("chunked", inputs(form, "beta" if time % 2 else "erase", ("initial", "packed"), 2, time, 1))
+    compare(impl, inputs(form, "beta" if time % 2 else "erase", ("initial", "packed"), 2, time, 1))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +397,7 @@ def test_chunked_keeps_little(form, rule):
 @pytest.mark.parametrize(
     ("impl", "form", "rule", "time"),
     [("triton", 3, "beta", 5), ("chunked", 3, "beta", 6), ("chunked", 4, "erase", 6), ("chunked", 4, "beta", 1),
-     ("reference", 4, "beta", 2)],
+     ("native", 4, "erase", 6), ("reference", 4, "beta", 2)],
 )  # fmt: skip
 def test_compiles_into_one_graph(impl, form, rule, time, small_chunks):
     dtype = torch.float32 if on_gpu(impl) else torch.float64
@@ -461,10 +466,11 @@ def test_strided_inputs(impl):
     compare(impl, given | {"log_decay": decay})
 
 
-def test_auto_takes_chunked_on_the_cpu_and_says_why_not():
-    given = inputs()
-    told = ops.explain(delta_rule, **given)
-    assert told.chosen == "chunked"
+@pytest.mark.parametrize(("form", "time", "chosen"), [(3, 11, "chunked"), (4, 11, "native"), (4, 1, "chunked")])
+def test_auto_on_the_cpu_says_why_not_others(form, time, chosen):
+    told = ops.explain(delta_rule, **inputs(form, time=time))
+    assert told.chosen == chosen
+    assert chosen == "native" or "decay a key channel" in told.refused["native"]
     assert "needs CUDA tensors" in told.refused["triton"]
 
 

@@ -13,7 +13,7 @@ import ops
 from ops import linear_attention
 
 GPU = torch.cuda.is_available()
-IMPLEMENTATIONS = ("chunked", "triton")
+IMPLEMENTATIONS = ("chunked", "native", "triton")
 FORMS = (0, 1, 3, 4)  # dimensions of the log decay: none, a head, a head and step, a key channel and step
 OPTIONS = ("normalise", "bonus", "initial", "packed", "grouped")
 EVERY = [each for count in range(6) for each in itertools.combinations(OPTIONS, count)]
@@ -147,8 +147,7 @@ def test_eps_bounds_the_divisor():
         torch.testing.assert_close(y[:, 2].cpu().double(), plain[:, 2] / 0.3, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("impl", "form"), [*itertools.product(["reference", "chunked"], FORMS), ("native", 4)])
 def test_gradients_are_the_slopes(impl, form, small_chunks):
     """Against finite differences; chunked twice."""
     given = inputs(form, OPTIONS, batch=1, time=6, groups=1, k_dim=2, v_dim=1)
@@ -160,13 +159,18 @@ def test_gradients_are_the_slopes(impl, form, small_chunks):
         return linear_attention(**dict(zip(names, values, strict=True)), **given, normalise=True, impl=impl)
 
     assert torch.autograd.gradcheck(function, values)
-    assert impl == "reference" or torch.autograd.gradgradcheck(function, values)
+    assert impl != "chunked" or torch.autograd.gradgradcheck(function, values)
 
 
 @pytest.mark.parametrize("options", EVERY, ids="-".join)
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_equals_reference(form, options, small_chunks):
     compare("chunked", inputs(form, options, batch=2), normalise="normalise" in options, scale=0.7)
+
+
+@pytest.mark.parametrize("options", EVERY, ids="-".join)
+def test_native_equals_reference(options, small_chunks):
+    compare("native", inputs(4, options, batch=2), normalise="normalise" in options, scale=0.7)
 
 
 @pytest.mark.parametrize("options", [(), ("packed", "grouped"), ("normalise", "initial"), OPTIONS], ids="-".join)
@@ -186,10 +190,10 @@ def test_chunked_is_the_quadratic_form():
 
 
 @pytest.mark.parametrize("time", [1, 2, 31, 32, 33, 63, 64, 65, 130])
-@pytest.mark.parametrize("form", FORMS)
-def test_lengths_around_a_chunk(form, time):
+@pytest.mark.parametrize(("impl", "form"), [*itertools.product(["chunked"], FORMS), ("native", 4)])
+def test_lengths_around_a_chunk(impl, form, time):
     """The chunks as they are, of 32 and 64 tokens."""
-    compare("chunked", inputs(form, ("initial", "packed"), batch=2, time=time, groups=1))
+    compare(impl, inputs(form, ("initial", "packed"), batch=2, time=time, groups=1))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +372,7 @@ def test_groups_are_not_repeated():
 
 @pytest.mark.parametrize(
     ("impl", "form", "time"),
-    [("triton", 3, 5), ("chunked", 3, 6), ("chunked", 4, 6), ("chunked", 4, 1), ("reference", 4, 2)],
+    [("triton", 3, 5), ("chunked", 3, 6), ("chunked", 4, 6), ("chunked", 4, 1), ("native", 4, 6), ("reference", 4, 2)],
 )
 def test_compiles_into_one_graph(impl, form, time, small_chunks):
     given = inputs(form, OPTIONS, 2, time, 1, dtype=torch.float32 if on_gpu(impl) else torch.float64)
@@ -422,6 +426,45 @@ def test_custom_ops_keep_their_promises(form, options):
     torch.library.opcheck(triton._backward_op, (*arguments, 1.0, 1e-6, normalise), test_utils=checks)
 
 
+@pytest.mark.parametrize("itself", [True, False])
+def test_native_pairs_keep_their_promises(itself):
+    """The same, of the custom op that `native` is made of: two readers, three writers, two heads a group."""
+    native = module("native")
+    q, k = torch.randn(2, 3, 5, 4), torch.randn(3, 3, 5, 4)
+    log_decay = -torch.rand(3, 2, 5, 4)
+    given = [each.requires_grad_() for each in (q, k, log_decay, 2 * log_decay.detach())]
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(native._forward_op, (*given, itself), test_utils=checks)
+    given = [each.detach() for each in given]
+    seen, *weights = native._forward_op(*given, itself)
+    arguments = *(torch.randn_like(each) for each in (seen, *weights)), *given, *weights, itself
+    torch.library.opcheck(native._backward_op, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("itself", [True, False])
+def test_native_pairs_are_pairs(itself, dtype):
+    """In memory that held NaN before, with decays of 0, of ordinary size and of nothing left."""
+    from ops.linear_attention.pairs import pairs
+
+    native = module("native")
+    choices = torch.tensor([0.0, -0.1, -3.0, -90.0, -torch.inf], dtype=dtype)
+    log_decay, read = choices[torch.randint(0, 5, (2, 3, 2, 16, 11))]
+    given = [torch.randn(2, 3, 1, 16, 11, dtype=dtype), torch.randn(1, 3, 1, 16, 11, dtype=dtype), log_decay, read]
+    both = []
+    for run in (
+        lambda q, k, *decays: native.native_pairs(q, k, *decays, itself),
+        lambda q, k, *decays: pairs(q[:, None], k[None], *decays, itself),
+    ):
+        leaves = [each.detach().clone().requires_grad_() for each in given]
+        found = run(*leaves)
+        torch.manual_seed(0)
+        torch.autograd.backward(found, [torch.randn(each.shape, dtype=dtype) for each in found])
+        both.append([*found, *(each.grad for each in leaves)])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(*both, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_strided_inputs(impl):
     """Slices of one projection, as a block makes them, are taken as they are."""
@@ -431,10 +474,11 @@ def test_strided_inputs(impl):
     compare(impl, given | {"log_decay": decay})
 
 
-def test_auto_takes_chunked_on_the_cpu_and_says_why_not():
-    given = inputs()
-    told = ops.explain(linear_attention, **given, normalise=True)
-    assert told.chosen == "chunked"
+@pytest.mark.parametrize(("form", "time", "chosen"), [(3, 11, "chunked"), (4, 11, "native"), (4, 1, "chunked")])
+def test_auto_on_the_cpu_says_why_not_others(form, time, chosen):
+    told = ops.explain(linear_attention, **inputs(form, time=time), normalise=True)
+    assert told.chosen == chosen
+    assert chosen == "native" or "decay a key channel" in told.refused["native"]
     assert "needs CUDA tensors" in told.refused["triton"]
 
 
