@@ -59,7 +59,8 @@ def split(rule: Rule, chunk: int) -> Rule:
     def one(each: Tensor | None) -> Tensor | None:
         if each is None:
             return None
-        each = pad(each, (0, 0, 0, 0, 0, -each.shape[1] % chunk))
+        if each.shape[1] % chunk:  # by nothing, pad would copy
+            each = pad(each, (0, 0, 0, 0, 0, -each.shape[1] % chunk))
         return rearrange(each, "b (n c) h d -> n b h c d", c=chunk)
 
     return Rule(*(one(each) for each in rule))  # pyright: ignore[reportArgumentType] (Nones stay where they are)

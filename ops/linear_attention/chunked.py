@@ -85,9 +85,10 @@ def _decay(
 
 def _split(each: Tensor, chunk: int, groups: int) -> Tensor:
     """[b, time, heads, d] -> [b, chunks, groups, heads a group, chunk, d], with zeros behind the end. One group and
-    one head stay one each: they broadcast."""
-    each = pad(each, (0, 0, 0, 0, 0, -each.shape[1] % chunk))
-    return rearrange(each, "b (n c) (g r) d -> b n g r c d", c=chunk, g=min(groups, each.shape[2]))
+    one head stay one each: they broadcast. Contiguous: else every product would copy it anew, transposed too."""
+    if each.shape[1] % chunk:  # by nothing, pad would copy
+        each = pad(each, (0, 0, 0, 0, 0, -each.shape[1] % chunk))
+    return rearrange(each, "b (n c) (g r) d -> b n g r c d", c=chunk, g=min(groups, each.shape[2])).contiguous()
 
 
 def _chunks(
