@@ -67,7 +67,7 @@ def _backward_op(
     dseen: Tensor, dread: Tensor, dkeep: Tensor, dtotal: Tensor, q: Tensor, k: Tensor, log_decay: Tensor, read: Tensor,
     weights_read: Tensor, weights_keep: Tensor, weights_total: Tensor, itself: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    found = tuple(torch.zeros_like(each) for each in (q, k, log_decay, read))
+    found = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(log_decay), torch.zeros_like(read)
     given = [array(each.contiguous()) for each in (dseen, dread, dkeep, dtotal)]
     given += [array(each) for each in (q, k, log_decay, read, weights_read, weights_keep, weights_total)]
     run_blocks(pairs_kernels.pairs_backward, q.shape[1], *given, itself, *(array(each) for each in found))

@@ -15,7 +15,8 @@ from numba import njit
 from ops.linear_recurrence.kernels import OPTIONS
 from ops.native_math import exp
 
-EXACT = OPTIONS | {"fastmath": {"contract", "nsz"}}  # an exp in parts must not be added up in another order
+# An exp in parts must not be added up in another order.
+EXACT = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}, "error_model": "numpy"}
 
 
 @njit(**EXACT)
