@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -130,10 +131,20 @@ def synchronise() -> None:
 
 
 def write(name: str, title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """results/<name>.json and .md. Rows of one task and shape stand together: our time, and each peer's over ours."""
-    data = {"machine": machine(), "rows": list(rows)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(table(title, rows, machine()))
+    """results/<processor>/<name>.json and .md: what holds on one maker's processors may not on another's. Rows of one
+    task and shape stand together: our time, and each peer's over ours."""
+    where = machine()
+    folder = RESULTS / slug(where["cpu"])
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"machine": where, "rows": list(rows)}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table(title, rows, where))
+
+
+def slug(cpu: str) -> str:
+    """A folder's name of a processor's: "Intel(R) Xeon(R) Processor" is intel_xeon."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)|processor|cpu|@.*", " ", cpu.lower()))
+    return "_".join(words) or "cpu"
 
 
 def table(title: str, rows: Sequence[dict[str, Any]], where: Mapping[str, Any]) -> str:
