@@ -19,9 +19,12 @@ class Kept:
 
     __slots__ = ("entries", "hooks", "made", "places")
 
-    def __init__(self, modules: Sequence[nn.Module], made: Any):
+    def __init__(self, modules: Sequence[nn.Module], made: Any, owner: nn.Module | None = None):
+        """`owner`: whose children by name the modules have to remain, where it is not among them itself."""
         self.made = made
         entries: list[tuple[dict[str, Any], str, Any]] = []
+        if owner is not None:
+            entries += [(owner._modules, name, each) for name, each in owner._modules.items() if each in modules]
         hooks: list[Any] = []
         places: list[tuple[Tensor, int]] = []
         for module in modules:

@@ -1,6 +1,6 @@
 """Embedding -> residual stack -> norm -> head: a language model made of blocks, causal or masked."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ops.step import fits, takes
 from zoo.block import Block, Out, State, Step, hand_back
 from zoo.config import BlockSpec, ModelConfig, load_config
 from zoo.kept import Kept
 from zoo.layers.checks import number
-from zoo.layers.linear import Linear
+from zoo.layers.linear import Linear, plain
 from zoo.layers.norm import around, norm
 from zoo.registry import block, options
+
+
+def watched() -> bool:
+    """Whether somebody watches the forward of every module (hooks)."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
 
 
 class ModelOut(NamedTuple):
@@ -69,7 +75,7 @@ class Residual(nn.Module):
         """Norm, block and residual in one call, where the block can and nobody watches the parts (hooks)."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if _global_forward_hooks or _global_forward_pre_hooks:
+        if watched():
             return None
         kept = self._held_step
         if kept is None or not kept.holds():
@@ -93,6 +99,8 @@ class LanguageModel(nn.Module):
 
     Raises ValueError that names the place in the stack for whatever a block's constructor refuses.
     """
+
+    _held_end: Kept | None = None  # what _bind_end gave
 
     def __init__(self, config: ModelConfig | Mapping[str, Any] | str):
         super().__init__()
@@ -187,18 +195,42 @@ class LanguageModel(nn.Module):
             aux.update({f"blocks.{index}/{name}": value for name, value in out.aux.items()})
             if hidden_states:
                 stream.append(x)
-        hidden = self.norm(x)
+        hidden, logits = self._end(x, logits_to_keep)
         if hidden_states:
             stream[-1] = hidden
-        kept = hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
-        if isinstance(logits_to_keep, int) and logits_to_keep:
-            kept = hidden[:, -logits_to_keep:]
-        logits = self.head(kept)
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return ModelOut(logits, None if state is None else tuple(states), aux, hidden, tuple(stream) or None)
+
+    def _end(self, x: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads of all tokens, and what it makes of those kept."""
+        if x.shape[1] == 1 and isinstance(keep, int) and takes(x, self.config.width) and not watched():
+            kept = self._held_end
+            if kept is None or not kept.holds():
+                kept = self._held_end = Kept((self.norm, self.head), self._bind_end(), self)
+            if kept.made is not None:
+                return kept.made(x)
+        hidden = self.norm(x)
+        if not isinstance(keep, int):
+            return hidden, self.head(hidden[:, keep])
+        return hidden, self.head(hidden[:, -keep:] if keep else hidden)
+
+    def _bind_end(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """The last norm and the head in one compiled call, for one token on a CPU; see `Block.bind_step`."""
+        found = None if isinstance(self.norm, nn.Identity) else around(self.norm)
+        if found is None or not plain(self.head) or self.head.bias is not None:
+            return None
+        if not fits(self.head.weight, found.weight, found.bias):
+            return None
+        from ops.step.head import head
+
+        return head(self.head.weight, found)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._held_end = None
+        return super()._apply(fn, recurse)
 
     def after_step(self, step: int, sums: Mapping[str, Tensor]) -> None:
         """To be called once after each optimizer step, for blocks that are driven by it (some routers of `moe`); where

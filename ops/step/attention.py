@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.np.numpy_support import carray
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.native_math import exp
 from ops.step import Around, fresh, rows
@@ -64,7 +66,7 @@ def attention(
     theta, length = (NOTHING, 1.0) if turning is None else (array(turning.theta), turning.length)
     weights = (NOTHING, NOTHING) if norm is None else (array(norm.q), array(norm.k))
     eps, centre = (0.0, 0.0) if norm is None else (norm.eps, norm.centre)
-    outputs, row = out[0].shape[0], heads[1] * heads[2]
+    outputs = out[0].shape[0]
     front = (unpack(around), array(qkv[0]), array(out[0]), (given(qkv[1]), given(out[1])), heads)
     back = (
         np.float32(scale),
@@ -87,12 +89,9 @@ def attention(
         batch, tokens = keys.shape[:2]
         y, y_rows = fresh(batch, 1, outputs)
         mine = (NO_RUNS, slots) if seen is None else seen
-        step, other = keys.stride(0), values.stride(0)
-        memory = (
-            keys.as_strided(((batch - 1) * step + tokens * row,), (1,)).numpy(),
-            values.as_strided(((batch - 1) * other + tokens * row,), (1,)).numpy(),
-        )
-        _run(rows(x)[:, 0], *front, *memory, (step, other, tokens), slots, positions, *mine, *back, y_rows[:, 0])
+        memory, strides = (keys.data_ptr(), values.data_ptr()), (keys.stride(0), values.stride(0), tokens)
+        token = rows(x)[:, 0]
+        _run(native_team.threads(), token, *front, memory, strides, slots, positions, *mine, *back, y_rows[:, 0])
         return y
 
     return run
@@ -168,15 +167,17 @@ def _gated(y, gate):
 
 @njit(**OPTIONS)
 def _run(
-    x, around, qkv, out, biases, heads, keys, values, strides, slots, positions, runs, run, scale, theta, length,
-    interleaved, weights, norm, gate, y,
+    threads, x, around, qkv, out, biases, heads, memory, strides, slots, positions, runs, run, scale, theta,
+    length, interleaved, weights, norm, gate, y,
 ):  # fmt: skip
     count, groups, d = heads
+    keys = carray(native_team.floats(memory[0]), ((len(x) - 1) * strides[0] + strides[2] * groups * d,))
+    values = carray(native_team.floats(memory[1]), ((len(x) - 1) * strides[1] + strides[2] * groups * d,))
     group, step = count // groups, groups * d
     inner = np.empty((len(x), len(qkv)), np.float32)
     seen = np.empty((len(x), count * d), np.float32)
     scores = np.empty((group, strides[2]), np.float32)
-    product(0, len(qkv), qkv, normed(x, around), inner)
+    spread(threads, qkv, normed(x, around), inner)
     plus(inner, biases[0])
     for b in range(len(x)):
         row = inner[b]
@@ -203,5 +204,5 @@ def _run(
             )  # fmt: skip
         if gate:
             _gated(seen[b], row[count * d + 2 * step :])
-    product(0, len(out), out, seen, y)
+    spread(threads, out, seen, y)
     finish(x, y, biases[1], around)

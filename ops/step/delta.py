@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
@@ -40,7 +41,15 @@ def delta(
         y, y_rows = fresh(x.shape[0], 1, outputs)
         conv_after, conv_rows = fresh(*conv.shape)
         S_after, S_rows = fresh(*S.shape)
-        _run(rows(x)[:, 0], outer, (rows(conv), rows(S)), (conv_rows, S_rows), *bound, y_rows[:, 0])
+        _run(
+            native_team.threads(),
+            rows(x)[:, 0],
+            outer,
+            (rows(conv), rows(S)),
+            (conv_rows, S_rows),
+            *bound,
+            y_rows[:, 0],
+        )
         return y, conv_after, S_after
 
     return run
@@ -79,14 +88,14 @@ def _gate(y, z):
 
 
 @njit(**OPTIONS)
-def _run(x, around, before, after, weights, key_heads, strength, decay, norm, y):
+def _run(threads, x, around, before, after, weights, key_heads, strength, decay, norm, y):
     _, heads, k_dim, v_dim = before[1].shape
     key_dim, channels = key_heads * k_dim, len(weights[1])
     parts = np.empty((len(x), len(weights[0])), np.float32)
     mixed = np.empty((len(x), channels), np.float32)
     out = np.empty((len(x), heads * v_dim), np.float32)
     held = np.empty(v_dim, np.float32)
-    product(0, len(weights[0]), weights[0], normed(x, around), parts)
+    spread(threads, weights[0], normed(x, around), parts)
     for row in range(len(x)):
         convolve(parts[row, :channels], weights[1], NOTHING, before[0][row], after[0][row], mixed[row])
         silu(mixed[row])
@@ -108,5 +117,5 @@ def _run(x, around, before, after, weights, key_heads, strength, decay, norm, y)
             if norm[2]:
                 start = 2 * heads + head * v_dim
                 _gate(o, rest[start : start + v_dim])
-    product(0, len(weights[2]), weights[2], out, y)
+    spread(threads, weights[2], out, y)
     finish(x, y, NOTHING, around)

@@ -7,7 +7,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, unpack
@@ -29,7 +30,7 @@ def feed_forward(
 
     def run(x: Tensor) -> Tensor:
         y, y_rows = fresh(x.shape[0], 1, outputs)
-        _run(rows(x)[:, 0], norm, up_rows, down_rows, biases, kind, gated, y_rows[:, 0])
+        _run(native_team.threads(), rows(x)[:, 0], norm, up_rows, down_rows, biases, kind, gated, y_rows[:, 0])
         return y
 
     return run
@@ -56,12 +57,12 @@ def activate(values, kind):
 
 
 @njit(**OPTIONS)
-def apply(x, up, down, biases, kind, gated, y):
+def apply(threads, x, up, down, biases, kind, gated, y):
     """The block alone, for kernels; the second bias is left to the caller."""
     hidden = down.shape[1]
     inner = np.empty((len(x), len(up)), np.float32)
     kept = np.empty((len(x), hidden), np.float32)
-    product(0, len(up), up, x, inner)
+    spread(threads, up, x, inner)
     plus(inner, biases[0])
     for row in range(len(x)):
         values = inner[row]
@@ -72,10 +73,10 @@ def apply(x, up, down, biases, kind, gated, y):
         else:
             for i in range(hidden):
                 kept[row, i] = values[i]
-    product(0, len(down), down, kept, y)
+    spread(threads, down, kept, y)
 
 
 @njit(**OPTIONS)
-def _run(x, around, up, down, biases, kind, gated, y):
-    apply(normed(x, around), up, down, biases, kind, gated, y)
+def _run(threads, x, around, up, down, biases, kind, gated, y):
+    apply(threads, normed(x, around), up, down, biases, kind, gated, y)
     finish(x, y, biases[1], around)

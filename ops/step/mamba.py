@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.native_math import exp
 from ops.step import Around, fresh, rows
@@ -42,7 +43,15 @@ def mamba(
         y, y_rows = fresh(x.shape[0], 1, outputs)
         conv_after, conv_rows = fresh(*conv.shape)
         scan_after, scan_rows = fresh(*scan.shape)
-        _run(rows(x)[:, 0], norm, (rows(conv), rows(scan)), (conv_rows, scan_rows), *bound, y_rows[:, 0])
+        _run(
+            native_team.threads(),
+            rows(x)[:, 0],
+            norm,
+            (rows(conv), rows(scan)),
+            (conv_rows, scan_rows),
+            *bound,
+            y_rows[:, 0],
+        )
         return y, conv_after, scan_after
 
     return run
@@ -76,24 +85,24 @@ def _gate(y, z):
 
 
 @njit(**OPTIONS)
-def _run(x, around, before, after, weights, biases, A_log, D, norms, eps, y):
+def _run(threads, x, around, before, after, weights, biases, A_log, D, norms, eps, y):
     inner, n = A_log.shape
     rank = weights[3].shape[1]
     both = np.empty((len(x), 2 * inner), np.float32)
     channels, dt = np.empty((len(x), inner), np.float32), np.empty((len(x), inner), np.float32)
     small = np.empty((len(x), rank + 2 * n), np.float32)
-    product(0, 2 * inner, weights[0], normed(x, around), both)
+    spread(threads, weights[0], normed(x, around), both)
     plus(both, biases[0])
     for row in range(len(x)):
         convolve(both[row, :inner], weights[1], biases[1], before[0][row], after[0][row], channels[row])
         silu(channels[row])
-    product(0, len(weights[2]), weights[2], channels, small)
+    spread(threads, weights[2], channels, small)
     for row in range(len(x)):
         parts = small[row, :rank], small[row, rank : rank + n], small[row, rank + n :]
         if len(norms[0]) > 0:
             for part, weight in zip(parts, norms):  # noqa: B905  # numba knows no strict
                 scaled(part, weight, eps, np.float32(0), part)
-    product(0, inner, weights[3], small[:, :rank].copy(), dt)
+    spread(threads, weights[3], small[:, :rank].copy(), dt)
     plus(dt, biases[3])
     rates = np.empty_like(A_log)
     _exponentials(A_log, rates)
@@ -105,5 +114,5 @@ def _run(x, around, before, after, weights, biases, A_log, D, norms, eps, y):
             _update(before[1][row, c], h[c], dt[row, c], u[c], rates[c], B)
             u[c] = dot(h[c], C) + D[c] * u[c]
         _gate(u, both[row, inner:])
-    product(0, len(weights[4]), weights[4], channels, y)
+    spread(threads, weights[4], channels, y)
     finish(x, y, biases[4], around)

@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.step import Around, fresh, rows
 from ops.step.norm import finish, normed, scaled, unpack
@@ -43,7 +44,15 @@ def mamba2(
         y, y_rows = fresh(x.shape[0], 1, outputs)
         conv_after, conv_rows = fresh(*conv.shape)
         ssd_after, ssd_rows = fresh(*ssd.shape)
-        _run(rows(x)[:, 0], outer, (rows(conv), rows(ssd)), (conv_rows, ssd_rows), *bound, y_rows[:, 0])
+        _run(
+            native_team.threads(),
+            rows(x)[:, 0],
+            outer,
+            (rows(conv), rows(ssd)),
+            (conv_rows, ssd_rows),
+            *bound,
+            y_rows[:, 0],
+        )
         return y, conv_after, ssd_after
 
     return run
@@ -80,7 +89,7 @@ def gated_norm(y, z, norm, ones):
 
 
 @njit(**OPTIONS)
-def _run(x, around, before, after, weights, biases, heads, groups, limit, norm, y):
+def _run(threads, x, around, before, after, weights, biases, heads, groups, limit, norm, y):
     A_log, D, dt_bias = heads
     _, count, n, p = before[1].shape
     inner, channels = count * p, len(weights[1])
@@ -88,7 +97,7 @@ def _run(x, around, before, after, weights, biases, heads, groups, limit, norm, 
     mixed = np.empty((len(x), channels), np.float32)
     out = np.empty((len(x), inner), np.float32)
     ones = np.ones(inner, np.float32)
-    product(0, len(weights[0]), weights[0], normed(x, around), all_parts)
+    spread(threads, weights[0], normed(x, around), all_parts)
     plus(all_parts, biases[0])
     for row in range(len(x)):
         z, dts = all_parts[row, :inner], all_parts[row, inner + channels :]
@@ -104,5 +113,5 @@ def _run(x, around, before, after, weights, biases, heads, groups, limit, norm, 
             _update(before[1][row, h], after[1][row, h], decay, dt, u, B[group], C[group], o)
             add(o, u, D[h])
         gated_norm(out[row], z, norm, ones)
-    product(0, len(weights[2]), weights[2], out, y)
+    spread(threads, weights[2], out, y)
     finish(x, y, biases[2], around)

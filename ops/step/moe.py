@@ -1,13 +1,16 @@
 """One token of a mixture of experts whose router takes the largest logits."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import cfunc, njit, types
+from numba.np.numpy_support import carray
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.ahead import add_rows
+from ops.linear.kernels import LEAST, OPTIONS, STREAMS, spread
 from ops.native_array import array
 from ops.step import Around, fresh, rows
 from ops.step.feed_forward import ACTIVATIONS, activate, apply
@@ -70,7 +73,7 @@ def moe(
 
     def run(x: Tensor) -> Tensor:
         y, y_rows = fresh(*x.shape)
-        _run(rows(x)[:, 0], *bound, y_rows[:, 0])
+        _run(native_team.threads(), rows(x)[:, 0], *bound, y_rows[:, 0])
         return y
 
     return run
@@ -104,26 +107,74 @@ def _choose(logits, choice, chosen, weights):
         weights[place] *= scale / total
 
 
-@njit(**OPTIONS)
-def _times(x, matrix, y):
-    """y = x · matrix [inputs, outputs]. One row of the matrix at a time: two of them side by side are read at half the
-    rate, as no page follows another."""
-    y[:] = np.float32(0)
-    for i in range(len(x)):
-        add(y, matrix[i], x[i])
+_add_row, _add_rows = add_rows(1), add_rows(2)
 
 
 @njit(**OPTIONS)
-def _run(x, around, router, choice, matrices, biases, kind, gated, dense, gate, out_bias, y):
+def _times(x, matrix, start, stop, y):
+    """y[start:stop] = (x · matrix)[start:stop], matrix [inputs, outputs] and y contiguous."""
+    inputs, outputs = matrix.shape
+    y[start:stop] = np.float32(0)
+    written, read = y.ctypes.data + 4 * start, matrix.ctypes.data + 4 * start
+    half = 0 if STREAMS == 1 else inputs // 2
+    for i in range(half):
+        _add_rows(written, read + 4 * i * outputs, 4 * half * outputs, (x[i], x[i + half]), stop - start)
+    for i in range(2 * half, inputs):
+        _add_row(written, read + 4 * i * outputs, 0, (x[i],), stop - start)
+
+
+@cfunc(types.void(types.intp), **OPTIONS)
+def _take_pieces(job: Any) -> None:
+    """What each thread of a team does with the job of `_visit`."""
+    chosen, count, x, apart, matrices, experts, inputs, outputs, y, parts, _ = carray(native_team.words(job), (11,))
+    which = carray(native_team.words(chosen), (count,))
+    read = carray(native_team.floats(matrices), (experts, inputs, outputs))
+    written = carray(native_team.floats(y), (count, outputs))
+    while True:
+        piece = native_team.take(job + 10 * 8)
+        if piece >= count * parts:
+            return
+        place, part = piece // parts, piece % parts
+        row = carray(native_team.floats(x + 4 * place * apart), (inputs,))
+        start, stop = outputs * part // parts, outputs * (part + 1) // parts
+        _times(row, read[which[place]], start, stop, written[place])
+
+
+_on_all = native_team.team("zoo_experts", _take_pieces)
+
+
+@njit(**OPTIONS)
+def _visit(threads, chosen, x, matrices, y):
+    """y[place] = x[place] · matrices[chosen[place]], or of the one row that x has, on so many threads of torch's
+    (`ops.native_team`): an expert for each thread where there are as many. A number of y is summed by one thread."""
+    experts, inputs, outputs = matrices.shape
+    apart = 0 if len(x) == 1 else inputs
+    if threads == 1 or inputs * outputs < LEAST:
+        for place in range(len(chosen)):
+            _times(x[place if apart else 0], matrices[chosen[place]], 0, outputs, y[place])
+        return
+    job = np.empty(11, np.int64)
+    job[0], job[1], job[2], job[3] = chosen.ctypes.data, len(chosen), x.ctypes.data, apart
+    job[4], job[5], job[6], job[7] = matrices.ctypes.data, experts, inputs, outputs
+    # Narrow parts of a row are read slowly: none below a page.
+    parts = max(min((threads + len(chosen) - 1) // len(chosen), outputs // 1024), 1)
+    job[8], job[9], job[10] = y.ctypes.data, parts, 0
+    _on_all(job.ctypes.data, threads)
+    assert job[10] >= len(chosen) * parts  # and so the job is kept till here
+
+
+@njit(**OPTIONS)
+def _run(threads, x, around, router, choice, matrices, biases, kind, gated, dense, gate, out_bias, y):
     up, down = matrices
     hidden = down.shape[1]
     normal = normed(x, around)
     logits = np.empty((len(x), len(router)), np.float32)
     chosen, weights = np.empty(choice[0], np.int64), np.empty(choice[0], np.float32)
-    inner, part = np.empty(up.shape[2], np.float32), np.empty(x.shape[1], np.float32)
-    product(0, len(router), router, normal, logits)
+    inner, part = np.empty((choice[0], up.shape[2]), np.float32), np.empty((choice[0], x.shape[1]), np.float32)
+    kept = np.empty((choice[0], hidden), np.float32)
+    spread(threads, router, normal, logits)
     if len(dense[0]) > 0:
-        apply(normal, dense[0], dense[1], (dense[2], dense[3]), kind, gated, y)
+        apply(threads, normal, dense[0], dense[1], (dense[2], dense[3]), kind, gated, y)
     for row in range(len(x)):
         if len(dense[0]) == 0:
             y[row] = np.float32(0)
@@ -135,17 +186,17 @@ def _run(x, around, router, choice, matrices, biases, kind, gated, dense, gate, 
                 for i in range(x.shape[1]):
                     y[row, i] *= share
         _choose(logits[row], choice, chosen, weights)
+        _visit(threads, chosen, normal[row : row + 1], up, inner)
         for place in range(len(chosen)):
-            e = chosen[place]
-            _times(normal[row], up[e], inner)
+            values = inner[place]
             if len(biases[0]) > 0:
-                add(inner, biases[0][e], np.float32(1))
-            activate(inner[:hidden], kind)
-            if gated:
-                for i in range(hidden):
-                    inner[i] *= inner[hidden + i]
-            _times(inner[:hidden], down[e], part)
+                add(values, biases[0][chosen[place]], np.float32(1))
+            activate(values[:hidden], kind)
+            for i in range(hidden):
+                kept[place, i] = values[i] * values[hidden + i] if gated else values[i]
+        _visit(threads, chosen, kept, down, part)
+        for place in range(len(chosen)):
             if len(biases[1]) > 0:
-                add(part, biases[1][e], np.float32(1))
-            add(y[row], part, weights[place])
+                add(part[place], biases[1][chosen[place]], np.float32(1))
+            add(y[row], part[place], weights[place])
     finish(x, y, out_bias, around)

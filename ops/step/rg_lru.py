@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.native_math import exp
 from ops.step import Around, fresh, rows
@@ -41,7 +42,16 @@ def rg_lru(
         y, y_rows = fresh(x.shape[0], 1, outputs)
         conv_after, conv_rows = fresh(*conv.shape)
         h_after, h_rows = fresh(*h.shape)
-        _run(rows(x)[:, 0], norm, (rows(conv), rows(h)), (conv_rows, h_rows), rows(first), *bound, y_rows[:, 0])
+        _run(
+            native_team.threads(),
+            rows(x)[:, 0],
+            norm,
+            (rows(conv), rows(h)),
+            (conv_rows, h_rows),
+            rows(first),
+            *bound,
+            y_rows[:, 0],
+        )
         return y, conv_after, h_after
 
     return run
@@ -85,7 +95,7 @@ def _left(x):
 
 
 @njit(**OPTIONS)
-def _run(x, around, before, after, first, weights, biases, gates, Lambda, c, y):
+def _run(threads, x, around, before, after, first, weights, biases, gates, Lambda, c, y):
     inner = len(Lambda)
     x_normed = normed(x, around)
     branch, u, mixed = (
@@ -94,9 +104,9 @@ def _run(x, around, before, after, first, weights, biases, gates, Lambda, c, y):
         np.empty((len(x), inner), np.float32),
     )
     input_gate, decay_gate = np.empty(inner, np.float32), np.empty(inner, np.float32)
-    product(0, inner, weights[0], x_normed, branch)
+    spread(threads, weights[0], x_normed, branch)
     plus(branch, biases[0])
-    product(0, inner, weights[1], x_normed, u)
+    spread(threads, weights[1], x_normed, u)
     plus(u, biases[1])
     for row in range(len(x)):
         convolve(u[row], weights[2], biases[2], before[0][row], after[0][row], mixed[row])
@@ -106,5 +116,5 @@ def _run(x, around, before, after, first, weights, biases, gates, Lambda, c, y):
         gelu_tanh(branch[row])
         for i in range(inner):
             branch[row, i] *= after[1][row, i]
-    product(0, len(weights[3]), weights[3], branch, y)
+    spread(threads, weights[3], branch, y)
     finish(x, y, biases[3], around)

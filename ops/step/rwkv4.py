@@ -6,7 +6,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ops.linear.kernels import OPTIONS, product
+from ops import native_team
+from ops.linear.kernels import OPTIONS, spread
 from ops.native_array import array
 from ops.native_math import exp
 from ops.step import Around, fresh, rows
@@ -40,7 +41,7 @@ def time_mix(
         y, y_rows = fresh(batch, 1, width)
         after, after_rows = fresh(4, batch, width)
         before = rows(sums[0]), rows(sums[1]), rows(sums[2])
-        _time_mix(rows(x)[:, 0], norm, rows(shift), before, after_rows, *bound, y_rows[:, 0])
+        _time_mix(native_team.threads(), rows(x)[:, 0], norm, rows(shift), before, after_rows, *bound, y_rows[:, 0])
         new, *later = after.unbind()
         return y, new, tuple(later)
 
@@ -59,7 +60,7 @@ def channel_mix(
         batch, _, width = x.shape
         y, y_rows = fresh(batch, 1, width)
         after, after_rows = fresh(batch, width)
-        _channel_mix(rows(x)[:, 0], norm, rows(shift), after_rows, *bound, y_rows[:, 0])
+        _channel_mix(native_team.threads(), rows(x)[:, 0], norm, rows(shift), after_rows, *bound, y_rows[:, 0])
         return y, after
 
     return run
@@ -108,15 +109,15 @@ def _gate(y, gate):
 
 
 @njit(**OPTIONS)
-def _time_mix(x, around, shift, sums, after, weights, mixes, decay, bonus, y):
+def _time_mix(threads, x, around, shift, sums, after, weights, mixes, decay, bonus, y):
     x_normed = normed(x, around)
     k, v, gate, mixed = np.empty_like(shift), np.empty_like(shift), np.empty_like(shift), np.empty_like(shift)
     _mix(shift, x_normed, mixes[0], mixed)
-    product(0, len(decay), weights[0], mixed, k)
+    spread(threads, weights[0], mixed, k)
     _mix(shift, x_normed, mixes[1], mixed)
-    product(0, len(decay), weights[1], mixed, v)
+    spread(threads, weights[1], mixed, v)
     _mix(shift, x_normed, mixes[2], mixed)
-    product(0, len(decay), weights[2], mixed, gate)
+    spread(threads, weights[2], mixed, gate)
     rates = decay.copy().reshape(1, -1)
     _exponentials(rates)
     made = np.empty((3, len(decay)), np.float32)
@@ -126,24 +127,24 @@ def _time_mix(x, around, shift, sums, after, weights, mixes, decay, bonus, y):
             after[1 + each, row] = made[each]
     after[0] = x_normed
     _gate(mixed, gate)
-    product(0, len(weights[3]), weights[3], mixed, y)
+    spread(threads, weights[3], mixed, y)
     finish(x, y, NOTHING, around)
 
 
 @njit(**OPTIONS)
-def _channel_mix(x, around, shift, after, weights, mixes, y):
+def _channel_mix(threads, x, around, shift, after, weights, mixes, y):
     x_normed = normed(x, around)
     mixed, gate = np.empty_like(shift), np.empty_like(shift)
     key = np.empty((len(x), len(weights[0])), np.float32)
     _mix(shift, x_normed, mixes[0], mixed)
-    product(0, len(weights[0]), weights[0], mixed, key)
+    spread(threads, weights[0], mixed, key)
     _mix(shift, x_normed, mixes[1], mixed)
-    product(0, len(weights[1]), weights[1], mixed, gate)
+    spread(threads, weights[1], mixed, gate)
     for row in range(len(x)):
         for i in range(key.shape[1]):
             positive = max(key[row, i], np.float32(0))
             key[row, i] = positive * positive
-    product(0, len(weights[2]), weights[2], key, y)
+    spread(threads, weights[2], key, y)
     _gate(y, gate)
     after[:] = x_normed
     finish(x, y, NOTHING, around)

@@ -241,6 +241,105 @@ def test_weights_that_change_between_calls_are_seen(change, counted):
     assert not torch.allclose(found, before)
 
 
+@pytest.fixture
+def ends(monkeypatch):
+    """How often a model's norm and head were taken in one call, or not."""
+    taken = []
+    true = LanguageModel._bind_end
+
+    def bind(self):
+        run = true(self)
+
+        def counted(x):
+            taken.append(True)
+            return run(x)
+
+        return None if run is None else counted
+
+    monkeypatch.setattr(LanguageModel, "_bind_end", bind)
+    return taken
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"norm": "layer", "tied_embeddings": True, "logit_softcap": 3.0},
+        {"norm": "rms_zero_centered", "logit_scale": 0.5},
+    ],
+    ids=["plain", "layer, tied", "zero-centred"],
+)
+@torch.no_grad()
+def test_the_end_of_a_model_gives_what_its_parts_give(more, ends):
+    made = LanguageModel({"vocab_size": 11, "width": WIDTH, "stack": ["gqa"], **more}).eval()
+    for each in made.norm.parameters():
+        nn.init.normal_(each, mean=0.5, std=0.2)
+    token = torch.randint(0, 11, (3, 1))
+    with ops.use("torch"):
+        wanted = made(token, hidden_states=True)
+    assert not ends
+    for keep in (0, 1):
+        found = made(token, logits_to_keep=keep, hidden_states=True)
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(found.hidden, wanted.hidden, rtol=2e-5, atol=2e-5)
+        assert found.hidden_states[-1] is found.hidden
+    assert ends == [True] * 2
+    torch.testing.assert_close(made(token, logits_to_keep=torch.tensor([0])).logits, wanted.logits)
+    assert len(ends) == 2
+
+
+def watched_norm(made):
+    made.norm.register_forward_hook(lambda *_: None)
+
+
+def watched_head(made):
+    made.head.register_forward_pre_hook(lambda *_: None)
+
+
+def other_head(made):
+    made.head = nn.Linear(WIDTH, 11, bias=False)
+
+
+def biased_head(made):
+    made.head = Linear(WIDTH, 11, bias=True)
+
+
+@pytest.mark.parametrize("change", [watched_norm, watched_head, other_head, biased_head, narrow, wide])
+@torch.no_grad()
+def test_an_end_that_it_does_not_know_goes_the_usual_way(change, ends):
+    made = model("swiglu", {})
+    token = torch.randint(0, 11, (1, 1))
+    made(token)
+    assert ends == [True]
+    change(made)
+    found = made(token).logits
+    assert ends == [True]
+    with ops.use("torch"):
+        torch.testing.assert_close(found, made(token).logits)
+
+
+@pytest.mark.parametrize("change", ["weight", "norm", "head", "copy"])
+@torch.no_grad()
+def test_an_end_that_changes_between_calls_is_seen(change, ends):
+    made = LanguageModel({"vocab_size": 11, "width": WIDTH, "stack": ["swiglu"], "tied_embeddings": False}).eval()
+    token = torch.randint(0, 11, (1, 1))
+    before = made(token).logits
+    if change == "weight":
+        made.head.weight.mul_(2)
+    elif change == "norm":
+        made.norm.weight = nn.Parameter(2 * made.norm.weight)
+    elif change == "head":
+        twice = 2 * made.head.weight
+        made.head = Linear(WIDTH, 11, bias=False)
+        made.head.weight.copy_(twice)
+    else:
+        made = copy.deepcopy(made)
+        assert made._held_end is None
+        made.head.weight.mul_(2)
+    torch.testing.assert_close(made(token).logits, 2 * before, rtol=2e-5, atol=2e-5)
+    assert ends == [True] * 2
+
+
 @torch.no_grad()
 def test_what_is_kept_goes_into_no_copy_and_no_file(counted):
     """A copy has weights of its own, and a file none of the functions."""

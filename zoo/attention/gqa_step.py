@@ -88,7 +88,8 @@ def _grow(state: KVState) -> tuple[KVState, np.ndarray, np.ndarray, Seen]:
     at = np.full(batch, old)
     if state.runs.shape[1] == 0:
         segment, run = (leave(state.segment, None), state.run.clamp_min(1)) if old == 0 else (state.segment, state.run)
-        return KVState(keys, values, state.runs, state.places, state.position + 1, segment, run), at, at, None
+        position = torch.from_numpy(state.position.numpy() + 1)  # a third of what torch takes for a few numbers
+        return KVState(keys, values, state.runs, state.places, position, segment, run), at, at, None
     run, places = _begun(state.run), state.position.numpy()
     runs = append(state.runs, run[:, None], True)
     kept = append(state.places, state.position[:, None], True)

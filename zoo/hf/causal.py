@@ -173,6 +173,16 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                 f"the cache holds {past} tokens and the input {input_ids.shape[1]}; pass the whole sequence, cached "
                 "tokens and at least one more, or only new tokens with an attention_mask over cached and new ones"
             )
+        if (
+            past > 0
+            and next_sequence_length == 1
+            and not is_first_iteration
+            and input_ids.device == self.model.embedding.weight.device
+        ):
+            # What generate itself chose: none of it is padding, and of all else blocks need nothing.
+            token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+            rest = {name: each for name, each in kwargs.items() if name not in ("position_ids", "labels")}
+            return rest | {"input_ids": token, "past_key_values": past_key_values, "attention_mask": None}
         found = cast(Any, super()).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -187,9 +197,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         if mask is not None:
             given = found.get("inputs_embeds")
             time = (found["input_ids"] if given is None else given).shape[1]
-            # A token that generate itself chose is none of padding; else looking once is worth it.
-            chosen = past > 0 and time == 1 and not is_first_iteration
-            if chosen or bool((mask[:, -time:] == 1).all()):
+            if bool((mask[:, -time:] == 1).all()):
                 found["attention_mask"] = None
         return found
 
