@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ops
+from ops import native_threads
 
 ROWS = [(1,), (1, 1), (2,), (3,), (2, 2), ()]
 
@@ -32,13 +33,15 @@ def test_every_implementation_is_the_sum(rows, dtype, biased):
         close(ops.linear(x, weight, bias, impl=impl), wanted, dtype)
 
 
+@pytest.mark.parametrize("team", [True, False], ids=["team", "pool"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_weights_are_shared_out_to_threads(dtype, monkeypatch):
+def test_large_weights_are_shared_out_to_threads(dtype, team, monkeypatch):
     monkeypatch.setattr(importlib.import_module("ops.linear.native"), "LARGE", 1)
+    monkeypatch.setattr(native_threads, "_forked", not team)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        x, weight = torch.randn(1, 19).to(dtype), torch.randn(61, 19).to(dtype)
+        x, weight = torch.randn(1, 19).to(dtype), torch.randn(3461, 19).to(dtype)
         close(ops.linear(x, weight, impl="native"), x.double() @ weight.double().mT, dtype)
     finally:
         torch.set_num_threads(before)
