@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, scaled_dot_product_attention, silu
+from torch.nn.functional import conv1d, cross_entropy, scaled_dot_product_attention, silu
 
 import ops
 from benchmarks.measure import OURS, Work, contest, write
@@ -217,9 +217,25 @@ def linear() -> Rows:
     return contest("linear, one row", "outputs 32000, inputs 512", calls, work=work, repeats=21)
 
 
+def linear_cross_entropy() -> Rows:
+    """The head of a language model and its loss."""
+    rows, width, vocab = 1024, 512, 32000
+    x, weight = torch.randn(rows, width), 0.05 * torch.randn(vocab, width)
+    targets = torch.randint(vocab, (rows,))
+    runs: dict[str, Run | str] = {
+        OURS: lambda x, weight: ops.linear_cross_entropy(x, weight, targets),
+        "torch, all logits": lambda x, weight: cross_entropy(x @ weight.T, targets, reduction="sum"),
+    }
+    shape = f"rows {rows}, width {width}, vocab {vocab}"
+    return versus("linear_cross_entropy", shape, [x, weight], runs, 2 * rows * width * vocab)
+
+
 GROUPS: dict[str, Callable[[bool], Rows]] = {
     each.__name__: each
-    for each in (selective_scan, wkv, linear_recurrence, causal_conv1d, delta_rule, ssd, windows, linear)
+    for each in (
+        *(selective_scan, wkv, linear_recurrence, causal_conv1d, delta_rule, ssd, windows, linear),
+        linear_cross_entropy,
+    )
 }
 
 

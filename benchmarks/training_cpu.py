@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import OURS, Work, contest, write
 from ops.native_memory import keep_freed_memory
@@ -61,8 +60,8 @@ def step(model: LanguageModel, tokens: torch.Tensor) -> Callable[[], None]:
     """Forward, loss and backward."""
 
     def run() -> None:
-        logits = model(tokens[:, :-1]).logits
-        cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        nats = model(tokens[:, :-1], targets=tokens[:, 1:]).nats
+        (nats / tokens[:, 1:].numel()).backward()
         model.zero_grad(set_to_none=True)
 
     return run

@@ -10,6 +10,7 @@ from ops.dispatch import Explanation, explain, use
 from ops.grouped_mm import grouped_mm
 from ops.linear import linear
 from ops.linear_attention import linear_attention
+from ops.linear_cross_entropy import linear_cross_entropy
 from ops.linear_recurrence import linear_recurrence
 from ops.long_conv import long_conv
 from ops.selective_scan import selective_scan
@@ -29,6 +30,7 @@ __all__ = [
     "grouped_mm",
     "linear",
     "linear_attention",
+    "linear_cross_entropy",
     "linear_recurrence",
     "long_conv",
     "selective_scan",

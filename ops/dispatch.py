@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Says why these arguments cannot be taken (None: they can). `forced` tells a call by name from `auto`.
 Refusal = Callable[[Mapping[str, Any], bool], str | None]
@@ -151,6 +153,28 @@ def refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "triton is not installed; pip install triton"
+    return None
+
+
+def refuse_opaque(arguments: Mapping[str, Any]) -> str | None:
+    """Why work that torch cannot look into, and that is no custom op either, cannot stand in these tensors' graph:
+    where something traces, watches or replaces each operation."""
+    if torch.compiler.is_compiling():
+        return "is not for compiled graphs, which have their own kernels"
+    for each in tensors(arguments):
+        if type(each) not in (Tensor, torch.nn.Parameter):
+            return f"takes plain tensors, got {type(each).__name__}"
+    if _get_current_dispatch_mode() is not None:
+        return "would be hidden from the dispatch mode that watches or replaces operations here"
+    return refuse_transforms()
+
+
+def refuse_transforms() -> str | None:
+    """Why a function with a backward of its own cannot be called here: torch.func and forward-mode differentiation want
+    more of it."""
+    stack = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    if stack is not None or forward_ad._current_level >= 0:
+        return "is not for torch.func or forward-mode differentiation"
     return None
 
 

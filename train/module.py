@@ -120,9 +120,9 @@ class LanguageModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         task = self.objective.training(batch, torch.Generator().manual_seed(self._seed("/task")))
-        out = self.network(task.tokens, segments=batch.get("segments"))
+        out = self.network(task.tokens, segments=batch.get("segments"), targets=task.targets)
         predicted = (task.targets != IGNORED).sum()
-        nats = self._nats(out.logits, task.targets)
+        nats = out.nats
         # Ranks average their gradients: dividing by the mean count makes that the gradient over all tokens together.
         mean = nats / self._mean_over_ranks(predicted.float()).clamp_min(1)
         loss = mean + losses(out.aux)

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ops import linear_cross_entropy
 from ops.step import fits, takes
 from zoo.block import Block, Out, State, Step, hand_back
 from zoo.config import BlockSpec, ModelConfig, load_config
@@ -26,13 +28,14 @@ def watched() -> bool:
 
 class ModelOut(NamedTuple):
     """What a model returns. `hidden` is what the head read, of every token; `hidden_states` (when asked for) the
-    residual stream before each block and `hidden` last."""
+    residual stream before each block and `hidden` last; `nats` (where targets were given) the summed cross entropy."""
 
     logits: Float[Tensor, "batch kept vocab"]
     state: tuple[State, ...] | None
     aux: dict[str, Tensor]
     hidden: Float[Tensor, "batch time width"]
     hidden_states: tuple[Tensor, ...] | None = None
+    nats: Float[Tensor, ""] | None = None
 
 
 class Residual(nn.Module):
@@ -170,11 +173,14 @@ class LanguageModel(nn.Module):
         embeddings: Float[Tensor, "batch time width"] | None = None,
         logits_to_keep: int | Int[Tensor, " kept"] = 0,
         hidden_states: bool = False,
+        targets: Int[Tensor, "batch time"] | None = None,
     ) -> ModelOut:
         """Logits of the next (causal) or the hidden (masked) token at each position.
 
-        `logits_to_keep`: only the last so many positions, or the positions listed; 0 is all. Other arguments are
-        the blocks' own: a state to continue from (handed over), and who may see whom.
+        `logits_to_keep`: only the last so many positions, or the positions listed; 0 is all. `targets`: what each
+        position must say, -100 where nothing is asked; then `nats` is the summed cross entropy, differentiable, and
+        there are no logits ([batch, 0, vocab]): they never exist all at once, see `ops.linear_cross_entropy`. Other
+        arguments are the blocks' own: a state to continue from (handed over), and who may see whom.
         """
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must not be negative; 0 keeps all, n the last n")
@@ -195,14 +201,40 @@ class LanguageModel(nn.Module):
             aux.update({f"blocks.{index}/{name}": value for name, value in out.aux.items()})
             if hidden_states:
                 stream.append(x)
-        hidden, logits = self._end(x, logits_to_keep)
+        nats = None
+        if targets is None:
+            hidden, logits = self._end(x, logits_to_keep)
+        else:
+            if targets.shape != x.shape[:2] or not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError(
+                    f"targets of shape {tuple(targets.shape)} with logits_to_keep={logits_to_keep} do not fit tokens "
+                    f"of shape {tuple(x.shape[:2])}: one target a token, and no logits to keep"
+                )
+            hidden = self.norm(x)
+            nats = self._nats(hidden.flatten(0, 1), targets.flatten())
+            logits = hidden.new_empty(len(x), 0, self.config.vocab_size)
         if hidden_states:
             stream[-1] = hidden
+        state = None if state is None else tuple(states)
+        return ModelOut(self._bent(logits), state, aux, hidden, tuple(stream) or None, nats)
+
+    def _bent(self, logits: Tensor) -> Tensor:
+        """Scaled and capped, as the configuration says."""
         if self.config.logit_scale != 1:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return ModelOut(logits, None if state is None else tuple(states), aux, hidden, tuple(stream) or None)
+        return logits
+
+    def _nats(self, hidden: Float[Tensor, "rows width"], targets: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+        """Summed cross entropy of the rows, float32 at least."""
+        if plain(self.head) and self.head.bias is None and not watched():
+            scale, softcap = self.config.logit_scale, self.config.logit_softcap
+            return linear_cross_entropy(hidden, self.head.weight, targets, scale=scale, softcap=softcap)
+        # A head with something of its own: adapters, hooks, another dtype of its weights.
+        logits = self._bent(self.head(hidden))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, targets.long(), reduction="sum")
 
     def _end(self, x: Tensor, keep: int | Tensor) -> tuple[Tensor, Tensor]:
         """What the head reads of all tokens, and what it makes of those kept."""
@@ -242,8 +274,8 @@ class LanguageModel(nn.Module):
 
             total = {}
             for tokens, targets in micro_batches:
-                out = model(tokens)
-                (cross_entropy(out.logits.flatten(0, 1), targets.flatten()) + losses(out.aux)).backward()
+                out = model(tokens, targets=targets)
+                (out.nats / targets.numel() + losses(out.aux)).backward()
                 add_sums(total, out.aux)
             optimizer.step()
             model.after_step(step := step + 1, total)

@@ -256,13 +256,14 @@ def test_the_loss_and_its_gradient_are_of_the_chosen_alone(text, tmp_path, monke
     monkeypatch.setattr(one.network, "forward", lambda *a, **k: outs.append(run(*a, **k)) or outs[-1])
     one.batches = 3
     loss = one.training_step(batch, 0)
-    outs[0].logits.retain_grad()
+    hidden = outs[0].hidden
+    hidden.retain_grad()
     loss.backward()
     task = one.objective.training(batch, seeded(one._seed("/task")))
     chosen = task.targets != IGNORED
     assert 0 < chosen.sum() < chosen.numel() / 4
-    assert torch.equal(outs[0].logits.grad.abs().sum(-1) > 0, chosen)
-    expected = cross_entropy(outs[0].logits[chosen], batch["tokens"][chosen]) + losses(outs[0].aux)
+    assert torch.equal(hidden.grad.abs().sum(-1) > 0, chosen)
+    expected = cross_entropy(one.network.head(hidden)[chosen], batch["tokens"][chosen]) + losses(outs[0].aux)
     torch.testing.assert_close(loss, expected)
 
     one.zero_grad()
