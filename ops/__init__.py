@@ -7,12 +7,14 @@ from ops.attention import attention
 from ops.causal_conv1d import causal_conv1d
 from ops.delta_rule import delta_rule
 from ops.dispatch import Explanation, explain, use
+from ops.gated import gated
 from ops.grouped_mm import grouped_mm
 from ops.linear import linear
 from ops.linear_attention import linear_attention
 from ops.linear_cross_entropy import linear_cross_entropy
 from ops.linear_recurrence import linear_recurrence
 from ops.long_conv import long_conv
+from ops.rms_norm import rms_norm
 from ops.selective_scan import selective_scan
 from ops.slstm import slstm
 from ops.sparse_attention import sparse_attention
@@ -27,12 +29,14 @@ __all__ = [
     "causal_conv1d",
     "delta_rule",
     "explain",
+    "gated",
     "grouped_mm",
     "linear",
     "linear_attention",
     "linear_cross_entropy",
     "linear_recurrence",
     "long_conv",
+    "rms_norm",
     "selective_scan",
     "slstm",
     "sparse_attention",

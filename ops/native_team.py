@@ -29,7 +29,8 @@ def threads() -> int:
 
 def team(symbol: str, callback: Any) -> Any:
     """A function for kernels: call `callback` (numba's cfunc of one intp) with a job's address on so many threads, this
-    one among them, and return when all have. `symbol`: a name of its own in the process."""
+    one among them, and return when all have. `symbol`: a name of its own in the process. One thread runs the same
+    code, with a team or without."""
     binding.add_symbol(symbol, callback.address)
     parallel = native_threads._parallel()
     # Without a team the name has to stand for something, but no kernel comes to use it: see `threads`.
@@ -44,7 +45,12 @@ def team(symbol: str, callback: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [word, word, number, number])
             parallel = cgutils.get_or_insert_function(builder.module, kind, _GATE)
             asked = builder.trunc(arguments[1], number)
-            builder.call(parallel, [builder.ptrtoint(work, word), arguments[0], asked, ir.Constant(number, 0)])
+            alone = builder.icmp_signed("==", asked, ir.Constant(number, 1))
+            with builder.if_else(alone) as (here, together):
+                with here:
+                    builder.call(work, [arguments[0]])
+                with together:
+                    builder.call(parallel, [builder.ptrtoint(work, word), arguments[0], asked, ir.Constant(number, 0)])
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp), codegen

@@ -11,30 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops import step
+from ops import gated, step
+from ops.gated import ACTIVATIONS
 from ops.step import Around
 from zoo.block import STATELESS, Block, Out, State, Step, tag
 from zoo.layers.linear import Linear, plain
 
-
-def relu2(x: Tensor) -> Tensor:
-    """relu(x)² (So et al., Primer, 2109.08668)."""
-    return F.relu(x).square()
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, as GPT-2 and Gemma use it (Hendrycks & Gimpel, 1606.08415)."""
-    return F.gelu(x, approximate="tanh")
-
-
-# Every one maps 0 to 0, so a zero row of a block without biases stays zero.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": F.relu,
-    "relu2": relu2,
-    "silu": F.silu,
-}
 _NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
 
@@ -52,10 +34,19 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
 
 def gelu_by(approximate: str) -> Callable[[Tensor], Tensor]:
     """GELU, exact ("none") or by its tanh approximation ("tanh")."""
-    known = {"none": F.gelu, "tanh": gelu_tanh}
+    known = {"none": ACTIVATIONS["gelu"], "tanh": ACTIVATIONS["gelu_tanh"]}
     if approximate not in known:
         raise ValueError(f"approximate={approximate!r} is unknown; choose 'none' (exact GELU) or 'tanh'")
     return known[approximate]
+
+
+def gate_by(activation: Callable[[Tensor], Tensor], inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows h"]:
+    """activation(gate) ⊙ value, the gate in the first half of the last dimension."""
+    name = activation_name(activation)
+    if name is not None:
+        return gated(inner, name)
+    gate, value = inner.chunk(2, dim=-1)
+    return activation(gate) * value
 
 
 def gated_hidden(width: int) -> int:
@@ -131,8 +122,7 @@ class GatedUnit(FeedForward):
         self.build(2 * self.hidden, self.hidden, bias)
 
     def activate(self, inner: Float[Tensor, "batch time inner"]) -> Float[Tensor, "batch time hidden"]:
-        gate, value = inner.chunk(2, dim=-1)
-        return self.activation(gate) * value
+        return gate_by(self.activation, inner)
 
 
 class SwiGLU(GatedUnit):

@@ -3,8 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
+from ops import rms_norm
 from zoo.block import tag
 
 
@@ -27,7 +28,7 @@ class GatedRMSNorm(nn.Module):
         gate = silu(z.to(wide))
         y = x.to(wide) if self.before_gate else x.to(wide) * gate
         runs = y.unflatten(-1, (self.groups, -1))
-        y = rms_norm(runs, runs.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide)
+        y = rms_norm(runs, None, self.eps).flatten(-2) * self.weight.to(wide)
         return (y * gate if self.before_gate else y).to(x.dtype)
 
     def extra_repr(self) -> str:

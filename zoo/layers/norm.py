@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ops import rms_norm
 from ops.step import Around
 from zoo.block import tag
 from zoo.layers.checks import number
@@ -21,7 +22,7 @@ class RMSNorm(nn.Module):
         tag(self, "weight", weight_decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
@@ -37,8 +38,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight = 1 + self.weight.to(wide)
-        return nn.functional.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+        return rms_norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ops import grouped_mm
 from zoo.block import Block, tag
-from zoo.layers.ffn import GEGLU, MLP, SwiGLU, activation_function, check_hidden, gated_hidden, gelu_by
+from zoo.layers.ffn import GEGLU, MLP, SwiGLU, activation_function, check_hidden, gate_by, gated_hidden, gelu_by
 from zoo.moe.parallel import local
 from zoo.moe.routers import build
 
@@ -136,8 +136,7 @@ class SwiGLUExperts(Experts):
         self.activation = F.silu
 
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
-        gate, value = inner.chunk(2, dim=-1)
-        return self.activation(gate) * value
+        return gate_by(self.activation, inner)
 
     def shared(self, hidden: int) -> Block:
         return SwiGLU(self.width, hidden=hidden, bias=self.up_bias is not None)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ops import grouped_mm
+from ops import gated, grouped_mm
 from ops.precision import state_dtype
 from zoo.block import Block
 from zoo.layers.checks import integer, number
@@ -196,8 +195,7 @@ class MPOExperts(nn.Module):
     def activate(self, inner: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows hidden"]:
         if not self.gated:
             return activation_function(self.activation)(inner)
-        gate, value = inner.chunk(2, dim=-1)
-        return F.silu(gate) * value
+        return gated(inner, "silu")
 
     def forward(self, rows: Float[Tensor, "rows width"], sizes: Int[Tensor, " experts"]) -> Float[Tensor, "rows width"]:
         """Rows sorted by expert, `sizes` to each; rows behind the last expert's come out as zeros."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops import linear_attention
+from ops import linear_attention, rms_norm
 from ops import segments as seg
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
@@ -51,7 +51,7 @@ class HeadNorm(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = None if self.weight is None else self.weight.to(x.dtype)
         if self.kind == "rms":
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         return F.layer_norm(x, x.shape[-1:], weight, eps=self.eps)
 
     def extra_repr(self) -> str:
