@@ -81,6 +81,13 @@ def _check_targets(targets: Tensor, ignore_index: int, vocab: int) -> None:
         )
 
 
+def _scaled(made: Tensor, grad: Tensor) -> Tensor:
+    """made · grad in made's dtype, with a factor that is not rounded to it first: all would be off by the same."""
+    if made.dtype == grad.dtype:
+        return made * grad
+    return torch.mul(made, grad.reshape(1), out=torch.empty_like(made))
+
+
 def in_pieces(name: str, losses: Losses) -> Callable[..., Tensor]:
     """`linear_cross_entropy` whose softmax and its gradient are `losses`, registered as `zoo::<name>`: torch.compile
     calls it without looking inside."""
@@ -120,7 +127,7 @@ def in_pieces(name: str, losses: Losses) -> Callable[..., Tensor]:
             found = iter(torch.autograd.grad(nats, wanted, grad, create_graph=True))
             dx, dweight = (next(found) if ask else None for ask in asked)
         else:
-            dx, dweight = (each * grad.to(each.dtype) if ask else None for each, ask in zip(made, asked, strict=True))
+            dx, dweight = (_scaled(each, grad) if ask else None for each, ask in zip(made, asked, strict=True))
         return dx, dweight, *[None] * 6
 
     op.register_autograd(backward, setup_context=save)

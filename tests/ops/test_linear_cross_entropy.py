@@ -104,6 +104,21 @@ def test_bfloat16_sums_in_float32(impl, pieces):
     assert nats.dtype == torch.float32 and dx.dtype == dweight.dtype == torch.bfloat16
     same([nats], wanted[:1], 2e-3)
     same([dx, dweight], wanted[1:], 2e-2)
+    # 1/7 is 0.2% from any bfloat16: scaled by a rounded factor, all would be off to one side.
+    scaled = torch.autograd.grad(linear_cross_entropy(x, weight, targets, impl=impl) / 7, weight)[0].double()
+    whole = torch.autograd.grad(linear_cross_entropy(x, weight, targets, impl=impl), weight)[0].double()
+    assert abs((scaled * whole).sum() / whole.square().sum() * 7 - 1) < 2e-4
+
+
+def test_bfloat16_compiled():
+    x, weight, targets = made(30, 50, torch.bfloat16, width=64)
+
+    def loss(x, weight):
+        return linear_cross_entropy(x, weight, targets, reduction="mean")
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    same(outcome(compiled(x, weight), x, weight), outcome(loss(x, weight), x, weight), 1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
