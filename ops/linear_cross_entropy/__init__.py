@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_transforms
+from ops.dispatch import Implementation, Op, refuse_native, refuse_transforms, refuse_triton
 from ops.precision import autocasting
 
 __all__ = ["linear_cross_entropy"]
@@ -34,8 +34,9 @@ def linear_cross_entropy(
     what that adds to the gradients of x and W (the idea of Liger Kernel, 2410.10989, section 3.2), so that the backward
     pass only has to scale them. Under autocast x and W are cast as torch.mm casts them; nats are float32 at least.
 
-    impl: "auto", "native" (numba on a CPU, float32 and float64; leaves out rows that do not count), "chunked" (torch,
-    any device), "torch" (all logits at once, which compiled graphs or second derivatives may want), "reference".
+    impl: "auto", "triton" (softmax and gradient of a row in one kernel), "native" (the same by numba on a CPU, float32
+    and float64), "chunked" (torch, any device), "torch" (all logits at once), "reference". On a CPU rows that do not
+    count are left out of all products.
     Cost: 6 · rows · vocab · width FLOPs with gradients, 2 without; memory beside inputs and gradients: 2^24 logits on a
     CPU, 2^27 elsewhere, instead of rows · vocab.
     Raises ValueError or TypeError for shapes and types that do not fit and, on a CPU, for targets outside of the
@@ -68,6 +69,12 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
         )
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; choose 'sum' or 'mean'")
+
+
+def _triton(**arguments: Any) -> Tensor:
+    from ops.linear_cross_entropy.triton import linear_cross_entropy as run
+
+    return run(**arguments)
 
 
 def _native(**arguments: Any) -> Tensor:
@@ -103,6 +110,12 @@ def _refuse_chunked(arguments: Mapping[str, Any], forced: bool) -> str | None:
     return refuse_transforms()
 
 
+def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
+    if arguments["x"].dtype == torch.float64:
+        return "computes in float32, got float64"
+    return _refuse_chunked(arguments, forced) or refuse_triton(arguments, forced)
+
+
 def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
     if arguments["x"].dtype not in (torch.float32, torch.float64):
         return f"takes float32 and float64, got {arguments['x'].dtype}"
@@ -111,6 +124,7 @@ def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
 
 _OP = Op(
     "linear_cross_entropy",
+    Implementation("triton", _triton, _refuse_triton),
     Implementation("native", _native, _refuse_native),
     Implementation("chunked", _chunked, _refuse_chunked),
     Implementation("torch", _torch),

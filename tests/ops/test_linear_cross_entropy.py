@@ -1,5 +1,9 @@
 """linear_cross_entropy: every implementation beside torch's cross entropy of all logits; what a model makes of it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -57,6 +61,57 @@ def test_it_is_the_cross_entropy_of_all_logits(impl, dtype, tolerance, rows, voc
     same(found, wanted, tolerance)
     with torch.no_grad():
         same([linear_cross_entropy(x, weight, targets, impl=impl, **options)], wanted[:1], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab", "ignored"), [(1, 1, 0), (3, 7, 1), (12, 5000, 4), (40, 100, 23)])
+@pytest.mark.parametrize("options", [{}, {"scale": -0.3}, {"scale": 2.0, "softcap": 1.5}])
+def test_triton_is_the_cross_entropy(dtype, rows, vocab, ignored, options, pieces):
+    x, weight, targets = made(rows, vocab, dtype, ignored=ignored)
+    wanted = outcome(oracle(x, weight, targets, **options), x, weight)
+    nats, *slopes = outcome(linear_cross_entropy(x, weight, targets, impl="triton", **options), x, weight)
+    assert nats.dtype == torch.float32
+    same([nats], wanted[:1], 2e-6 if dtype == torch.float32 else 5e-3)
+    same(slopes, wanted[1:], 1e-5 if dtype == torch.float32 else 3e-2)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(x, weight, targets, impl="triton", **options), nats)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_kernel_compiles_for_a_gpu():
+    """Down to machine code for Hopper, which needs no GPU."""
+    program = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ops.linear_cross_entropy.triton_kernels import losses
+def compile(gradient, capped, products):
+    values = dict(GRADIENT=gradient, CAPPED=capped, BLOCK=4096)
+    types = dict(products=products, targets="*i64", nats="*fp32", scale="fp32", softcap="fp32")
+    signature = {name: "constexpr" if name in values else types.get(name, "i32") for name in losses.arg_names}
+    constants = {(place,): values[name] for place, name in enumerate(losses.arg_names) if name in values}
+    source = ASTSource(losses, signature, constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return len(made.asm["cubin"]) > 0
+print(*(compile(g, c, p) for g in (False, True) for c in (False, True) for p in ("*bf16", "*fp32")))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout.split() == ["True"] * 8, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vocab", "softcap"), [(50257, None), (128256, 30.0), (256, None)])
+def test_on_a_gpu(vocab, softcap):
+    x, weight, targets = (each.detach().cuda() for each in made(3000, vocab, torch.bfloat16, width=256, ignored=700))
+    weight = weight / 16
+    x.requires_grad_(), weight.requires_grad_()
+    assert ops.explain(linear_cross_entropy, x, weight, targets).chosen == "triton"
+    wanted = outcome(oracle(x, weight, targets, softcap=softcap), x, weight)
+    for impl in ("triton", "chunked"):
+        found = outcome(linear_cross_entropy(x, weight, targets, softcap=softcap, impl=impl), x, weight)
+        same(found[:1], wanted[:1], 2e-3)
+        same(found[1:], wanted[1:], 2e-2)
 
 
 @pytest.mark.parametrize("impl", IN_PIECES)
@@ -223,7 +278,7 @@ def test_what_is_taken():
         ({"reduction": "none"}, ValueError, "choose 'sum' or 'mean'"),
         ({"targets": torch.tensor([0, 7, 1])}, ValueError, "target 7 is outside of the vocabulary of 7"),
         ({"targets": torch.tensor([0, -1, 1])}, ValueError, "target -1 is outside"),
-        ({"impl": "cut"}, ValueError, "choose from auto, native"),
+        ({"impl": "cut"}, ValueError, "choose from auto, triton, native"),
     ],
 )
 def test_mistakes_are_told(change, error, told):
