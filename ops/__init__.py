@@ -8,6 +8,7 @@ from ops.causal_conv1d import causal_conv1d
 from ops.delta_rule import delta_rule
 from ops.dispatch import Explanation, explain, use
 from ops.gated import gated
+from ops.gated_norm import gated_norm
 from ops.grouped_mm import grouped_mm
 from ops.linear import linear
 from ops.linear_attention import linear_attention
@@ -30,6 +31,7 @@ __all__ = [
     "delta_rule",
     "explain",
     "gated",
+    "gated_norm",
     "grouped_mm",
     "linear",
     "linear_attention",

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from zoo.layers.checks import integer
+from zoo.layers.gated_norm import GatedRMSNorm
 from zoo.layers.low_rank import LowRankLinear
-from zoo.layers.norm import RMSNorm
 from zoo.recurrent.delta import DeltaBlock, decay_parameters, fit_heads, steps
 
 
@@ -62,7 +62,7 @@ class KDA(DeltaBlock):
         self.decay_proj = LowRankLinear(width, self.key_dim, rank)
         self.gate_proj = LowRankLinear(width, self.value_dim, rank, bias=gate_bias)
         self.A_log, self.dt_bias = decay_parameters(self, heads, self.key_dim)
-        self.norm = RMSNorm(v_dim, norm_eps)
+        self.norm = GatedRMSNorm(v_dim, before_gate=True, eps=norm_eps, activation="sigmoid")
 
     def log_decay(
         self, x: Float[Tensor, "batch time width"], parts: list[Tensor]
@@ -73,4 +73,4 @@ class KDA(DeltaBlock):
     def read(
         self, o: Float[Tensor, "batch time heads v_dim"], x: Float[Tensor, "batch time width"], parts: list[Tensor]
     ) -> Float[Tensor, "batch time heads v_dim"]:
-        return self.norm(o) * torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.heads, -1))
+        return self.norm(o, self.gate_proj(x).unflatten(-1, (self.heads, -1)))

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ops import linear_attention
 from zoo.block import Block, Out, enter, leave
 from zoo.layers.checks import number, place
+from zoo.layers.gated_norm import GatedRMSNorm
 from zoo.layers.heads import heads_and_dim
 from zoo.layers.linear import Linear
-from zoo.layers.norm import RMSNorm
 
 
 class LightningState(NamedTuple):
@@ -69,7 +69,7 @@ class LightningAttention(Block):
         self.layer, self.layers = layer, layers
         inner = self.heads * self.head_dim
         self.in_proj = Linear(width, 4 * inner, bias=False)  # q, k, v and the gate
-        self.norm = RMSNorm(inner, norm_eps)
+        self.norm = GatedRMSNorm(inner, before_gate=True, eps=norm_eps, activation="sigmoid")
         self.out_proj = Linear(inner, width, bias=False)
 
     def log_decay(self, device: Any, dtype: torch.dtype) -> Float[Tensor, " heads"]:
@@ -112,7 +112,7 @@ class LightningAttention(Block):
             initial_state=None if carried is None else carried.S,
             segments=segments,
         )
-        y = self.out_proj(torch.sigmoid(gate) * self.norm(o.flatten(-2)))
+        y = self.out_proj(self.norm(o.flatten(-2), gate))
         if state is None:
             return Out(y, None, {})
         return Out(y, LightningState(last.to(state.S.dtype), leave(state.segment, segments)), {})

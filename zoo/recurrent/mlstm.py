@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops import linear_attention
+from ops import gated_norm, linear_attention
 from ops.segments import marks
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
@@ -125,8 +125,16 @@ class MLSTM(Block):
             gates = self.soft_cap * torch.tanh(gates / self.soft_cap)
         log_i, logits = gates.split(self.heads, -1)
         h, S, m = self.remember(q, k, v, log_i, F.logsigmoid(logits), carried, segments)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.norm_eps).flatten(-2) * self.norm_weight.to(wide)
-        y = self.out_proj((torch.sigmoid(o.to(wide)) * h).to(x.dtype))
+        each = (self.heads, -1)
+        h = gated_norm(
+            h,
+            o.unflatten(-1, each),
+            self.norm_weight.unflatten(-1, each),
+            eps=self.norm_eps,
+            activation="sigmoid",
+            center=True,
+        )
+        y = self.out_proj(h.flatten(-2))
         if state is None:
             return Out(y, None, {})
         return Out(y, MLSTMState(S.to(state.S.dtype), m.to(state.m.dtype), leave(state.segment, segments)), {})

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ops import linear_attention, rms_norm
+from ops import gated_norm, linear_attention
 from ops import segments as seg
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import integer, number
@@ -37,8 +36,8 @@ class RetNetState(NamedTuple):
 
 
 class HeadNorm(nn.Module):
-    """A norm over each head's values by itself: "group" takes off the mean (GroupNorm of one group a head), "rms" does
-    not. `affine`: one weight a value, which the heads share. In float32 at least; 0 stays 0."""
+    """A norm over each head's values by itself, times silu of a gate. "group" takes off the mean (GroupNorm of one group
+    a head), "rms" does not; `affine`: one weight a value, which heads share. In float32 at least; 0 stays 0."""
 
     def __init__(self, size: int, kind: str, affine: bool, eps: float):
         super().__init__()
@@ -47,12 +46,10 @@ class HeadNorm(nn.Module):
         if affine:
             tag(self, "weight", weight_decay=False)
 
-    def forward(self, x: Float[Tensor, "batch time heads v_dim"]) -> Float[Tensor, "batch time heads v_dim"]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        if self.kind == "rms":
-            return rms_norm(x, weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], weight, eps=self.eps)
+    def forward(
+        self, x: Float[Tensor, "batch time heads v_dim"], gate: Float[Tensor, "batch time heads v_dim"]
+    ) -> Float[Tensor, "batch time heads v_dim"]:
+        return gated_norm(x, gate, self.weight, eps=self.eps, center=self.kind == "group")
 
     def extra_repr(self) -> str:
         return f"{self.kind}, affine={self.weight is not None}, eps={self.eps}"
@@ -180,8 +177,7 @@ class RetNet(Block):
             initial_state=None if carried is None else carried.S,
             segments=segments,
         )
-        o = self.norm(o)
-        y = self.out_proj((o * F.silu(g.to(o.dtype))).to(x.dtype).flatten(-2))
+        y = self.out_proj(self.norm(o, g).flatten(-2))
         if state is None:
             return Out(y, None, {})
         return Out(y, RetNetState(last.to(state.S.dtype), position, leave(state.segment, segments)), {})

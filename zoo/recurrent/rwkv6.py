@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ops import linear_attention
+from ops import gated_norm, linear_attention
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import number, place
 from zoo.layers.heads import choose_heads
@@ -190,10 +189,8 @@ class RWKV6(Block):
         self, o: Float[Tensor, "batch time heads head_dim"], gate: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
         """silu(gate) ⊙ LayerNorm_heads(o), in float32 at least; 0 at padding, where the gate is."""
-        wide = torch.promote_types(o.dtype, torch.float32)
-        normed = F.layer_norm(o.to(wide), o.shape[-1:], eps=self.norm_eps).flatten(-2)
-        normed = normed * self.norm_weight.to(wide) + self.norm_bias.to(wide)
-        return (F.silu(gate.to(wide)) * normed).to(gate.dtype)
+        gate, weight, bias = (each.unflatten(-1, (self.heads, -1)) for each in (gate, self.norm_weight, self.norm_bias))
+        return gated_norm(o, gate, weight, bias, self.norm_eps, center=True).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{self.width}, heads={self.heads}, layer={self.layer}, layers={self.layers}"
