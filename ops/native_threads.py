@@ -83,6 +83,13 @@ def _on_all(work: Callable[[], None], threads: int) -> None:
         del _jobs[number]
 
 
+def even_tile(channels: int, batch: int, most: int) -> int:
+    """Into how many channels to cut each of `batch` rows, at most so many: tasks alike, and one for every thread of
+    torch's at least. A multiple of the 16 numbers that a vector holds, if there are as many."""
+    tiles = max(-(-channels // most), -(-torch.get_num_threads() // max(batch, 1)))
+    return min(most, channels, -(-channels // (tiles * 16)) * 16)
+
+
 def run_blocks(function: Callable[..., Any], count: int, *arguments: Any, pieces: int = 4) -> None:
     """Call `function(start, stop, *arguments)` until [0, count) is covered, on `torch.get_num_threads()` threads.
 

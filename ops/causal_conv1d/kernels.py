@@ -12,7 +12,7 @@ from numba import njit
 
 from ops.native_math import exp
 
-TILE = 1024  # channels: long runs of a token use the memory better
+TILE = 1024  # channels at most of a task: long runs of a token use the memory better
 
 # A NaN in the input must come out as NaN: no "nnan", no "ninf".
 OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "arcp"}, "error_model": "numpy"}
@@ -62,17 +62,18 @@ def _silu_back(acc, g, one):
 
 
 @njit(**OPTIONS)
-def forward(begin, end, x, weight, bias, state, marks, silu, y, final):
-    """Tasks [begin, end). weight: [taps, channels]; state, final: [batch, taps - 1, channels]."""
-    _, time, channels = x.shape
+def forward(begin, end, tile, x, weight, bias, state, marks, silu, y, final):
+    """Tasks [begin, end), of `tile` channels of a row each. weight: [taps, channels]; state, final: [batch, taps - 1,
+    channels]. x may have more channels, which are not read."""
+    time, channels = x.shape[1], weight.shape[1]
     held = weight.shape[0] - 1
-    tiles = (channels + TILE - 1) // TILE
+    tiles = (channels + tile - 1) // tile
     one = x.dtype.type(1)
     recent = np.empty(held, np.int64)
-    space = np.empty(TILE, x.dtype)
+    space = np.empty(tile, x.dtype)
     for task in range(begin, end):
-        b, lo = task // tiles, (task % tiles) * TILE
-        hi = min(lo + TILE, channels)
+        b, lo = task // tiles, (task % tiles) * tile
+        hi = min(lo + tile, channels)
         acc = space[: hi - lo]
         for j in range(held):
             recent[j] = j
@@ -99,21 +100,22 @@ def forward(begin, end, x, weight, bias, state, marks, silu, y, final):
 
 
 @njit(**OPTIONS)
-def backward(begin, end, x, weight, bias, state, marks, silu, gy, gfinal, dx, dweight, dbias, dstate):
-    """Tasks [begin, end). dweight: [batch, taps, channels] and dbias: [batch, channels], to be summed over the batch.
+def backward(begin, end, tile, x, weight, bias, state, marks, silu, gy, gfinal, dx, dweight, dbias, dstate):
+    """Tasks [begin, end), as of `forward`; gy may have more channels too. dweight: [batch, taps, channels] and dbias:
+    [batch, channels], to be summed over the batch.
 
     A token's own tap comes first in time, so dx is cleared there and later tokens add to it.
     """
-    _, time, channels = x.shape
+    time, channels = x.shape[1], weight.shape[1]
     held = weight.shape[0] - 1
-    tiles = (channels + TILE - 1) // TILE
+    tiles = (channels + tile - 1) // tile
     one = x.dtype.type(1)
     recent = np.empty(held, np.int64)
-    space = np.empty(TILE, x.dtype)
-    ones = np.ones(TILE, x.dtype)
+    space = np.empty(tile, x.dtype)
+    ones = np.ones(tile, x.dtype)
     for task in range(begin, end):
-        b, lo = task // tiles, (task % tiles) * TILE
-        hi = min(lo + TILE, channels)
+        b, lo = task // tiles, (task % tiles) * tile
+        hi = min(lo + tile, channels)
         g = space[: hi - lo]
         dweight[b, :, lo:hi] = 0
         dbias[b, lo:hi] = 0

@@ -1,5 +1,6 @@
 """The native (numba, CPU) causal convolution as torch custom ops, which torch.compile calls without looking inside."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,7 +9,7 @@ from ops import segments as seg
 from ops.causal_conv1d import kernels
 from ops.causal_conv1d.layout import output_dtypes, zero_state
 from ops.native_array import array
-from ops.native_threads import run_blocks
+from ops.native_threads import even_tile, run_blocks
 
 SMALL = 1 << 16  # values: below, one thread is done before a second has started
 
@@ -39,13 +40,28 @@ def causal_conv1d(
 def _run(kernel, silu: bool, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
     """`inputs` start with x, weight, bias, state, marks; then comes `silu`."""
     x = inputs[0]
-    tasks = x.shape[0] * -(-x.shape[2] // kernels.TILE)
-    arrays = [array(each.contiguous()) for each in inputs]
-    arguments = (*arrays[:5], silu, *arrays[5:], *(each.numpy() for each in outputs))
+    batch, _, channels = x.shape
+    tile = even_tile(channels, batch, kernels.TILE)
+    tasks = batch * -(-channels // tile)
+    arrays = [_wide(each) if each.shape == x.shape else array(each.contiguous()) for each in inputs]
+    arguments = (tile, *arrays[:5], silu, *arrays[5:], *(each.numpy() for each in outputs))
     if x.numel() <= SMALL:
         kernel(0, tasks, *arguments)
     else:
         run_blocks(kernel, tasks, *arguments)
+
+
+def _wide(x: Tensor) -> np.ndarray:
+    """An array of [batch, time, channels or more]: whatever lies between tokens is taken along, so that a part of a
+    projection needs no copy."""
+    batch, time, channels = x.shape
+    apart = x.stride(1)
+    packed = x.stride(2) == 1 and apart >= channels and (batch == 1 or x.stride(0) == time * apart)
+    if not packed or x.is_contiguous():
+        return array(x.contiguous())
+    size = x.element_size()
+    strides = (time * apart * size, apart * size, size)
+    return np.lib.stride_tricks.as_strided(array(x), (batch, time, apart), strides)
 
 
 def _forward(x, weight, bias, state, marks, silu):

@@ -29,9 +29,8 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
 
 
 def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    decay = arguments["log_decay"]
-    if not forced and (decay is None or decay.ndim < 4 or arguments["q"].shape[1] == 1):
-        return "differs from chunked for several tokens with a decay a key channel alone"
+    if not forced and arguments["q"].shape[1] == 1:
+        return "differs from chunked for several tokens alone"
     return refuse_native(arguments, forced)
 
 
@@ -105,7 +104,7 @@ def delta_rule(
     Returns y, in v's dtype, and S after each row's last valid token, in the dtype it is summed in: the widest of the
     inputs' dtypes and float32. Every tensor input has a gradient, also through the final state.
 
-    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops where a decay a key channel is), "chunked" (any
+    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops between the products), "chunked" (any
     device) or "reference" (a loop over time).
     Cost: about batch·time·heads·(6·k_dim·v_dim + chunk·(4·k_dim + 3·v_dim)) FLOPs forward and twice that backward, in
     chunks of 16 to 64 tokens (4·chunk·k_dim once more times log2(chunk) with a decay a key channel; with `erase` two

@@ -7,6 +7,7 @@ safe, a log decay of -inf too: that is how a document's start forgets everything
 writes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,20 @@ from torch.nn.functional import pad
 
 from ops.delta_rule.common import Rule, make_rule
 from ops.delta_rule.step import step
+from ops.linear_attention.chunked import weigh
 from ops.linear_attention.pairs import Pairs, pairs
 from ops.precision import full_precision, state_dtype
 
 # Tokens, by the dimensions of the decay (0: none).
 CHUNK = {0: 64, 1: 64, 3: 64, 4: 32}
+
+
+class Parts(NamedTuple):
+    """What a native implementation has loops of its own for."""
+
+    pairs: Pairs
+    weigh: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor]]
+    carry: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def chunked(
@@ -35,7 +45,7 @@ def chunked(
     scale: float = 1.0,
     initial_state: Float[Tensor, "batch heads k_dim v_dim"] | None = None,
     segments: Int[Tensor, "batch time"] | None = None,
-    pairs: Pairs = pairs,
+    parts: Parts | None = None,
 ) -> tuple[Float[Tensor, "batch time heads v_dim"], Float[Tensor, "batch heads k_dim v_dim"]]:
     """See `ops.delta_rule`. Keeps the state before each chunk and the pairs within for the backward pass."""
     if q.shape[1] == 1:
@@ -46,9 +56,12 @@ def chunked(
         batch, time, heads, v_dim = v.shape
         wide = rule.log_decay is not None and rule.log_decay.shape[-1] > 1
         chunk = min(CHUNK[4 if wide else 0 if rule.log_decay is None else 3], 1 << (time - 1).bit_length())
-        met = meet(split(rule, chunk), pairs)
+        parts = Parts(pairs, weigh, carry) if parts is None else parts
+        met = meet(split(rule, chunk), parts)
         state = met.b.new_zeros(batch, heads, q.shape[-1], v_dim) if initial_state is None else initial_state.to(dtype)
-        y, state = _carry(met, state)
+        reads, us, state = parts.carry(met.q, met.a, met.b, met.new, met.add, met.total, state)
+        y = reads + met.seen @ us
+        y = y if met.own is None else y + met.own
         y = rearrange(y, "n b h c v -> b (n c) h v")[:, :time]
     return y.to(v.dtype), state
 
@@ -82,7 +95,7 @@ class Met(NamedTuple):
     total: Float[Tensor, "n #b #h #k 1"] | None
 
 
-def meet(rule: Rule, pairs: Pairs) -> Met:
+def meet(rule: Rule, parts: Parts) -> Met:
     """The pairs within each chunk, and its triangular system solved: with A the strictly lower triangle of what a
     token's `a` sees of earlier b, (I - A) u = w + a S."""
     q, a, b, k = rule.q, rule.a, rule.b, rule.k
@@ -94,34 +107,50 @@ def meet(rule: Rule, pairs: Pairs) -> Met:
         # Readers come before their own decay (see `common`), which is what the third argument says.
         log_decay, before = rule.log_decay[None, None], torch.zeros_like(rule.log_decay)[None, None]
         if log_decay.shape[-1] > 1:
-            seen, read, keep, total = pairs(readers, writers[None], log_decay, before, False)
+            seen, read, keep, total = parts.pairs(readers, writers[None], log_decay, before, False)
         else:
-            seen, read, keep, total = pairs(None, None, log_decay, before, False)
-            seen = seen * (readers @ writers.mT)
+            scores = readers @ writers.mT
+            decays = rule.log_decay.expand(*scores.shape[2:5], -1, -1).reshape(-1, 1, scores.shape[-1])
+            seen, read, keep, total = parts.weigh(
+                scores.flatten(0, 1).flatten(1, 3), decays, torch.zeros_like(decays), False
+            )
+            seen = seen.view(scores.shape)
+            read, keep, total = (each.view(1, 1, *scores.shape[2:5], -1, 1) for each in (read, keep, total))
         (q, a), writers = (readers * read).squeeze(1), (writers * keep[0])
-        b, k, total = writers[0], None if k is None else writers[1], total[0, 0].mT
-    seen_q, seen_a = seen.unbind()
-    system, w, own, add = seen_a[0], rule.w, None, None
+        total = total[0, 0].mT
+        b, k = (writers.squeeze(0), None) if k is None else writers.unbind()
+    # Parts by unbind: the gradient of an index fills a tensor as large as the whole.
+    met = seen.flatten(0, 1).unbind()  # q and a, of b and k each
+    seen_q, system = met[0], met[len(met) // 2]
+    w, own, add = rule.w, None, None
     if k is not None and rule.v is not None and rule.qk is not None:
-        w, own, add = seen_a[1] @ rule.v, seen_q[1] @ rule.v + rule.qk * rule.v, k.mT @ rule.v
+        _, seen_qk, _, seen_ak = met
+        w, own, add = seen_ak @ rule.v, seen_qk @ rule.v + rule.qk * rule.v, k.mT @ rule.v
     assert w is not None
     # Substitution, not a product of powers: those of equal keys grow like binomials and cancel. It has few columns: a
     # product with the inverse is several times faster than substitution for every value and key channel.
     one = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device).expand_as(system)
     inverse = torch.linalg.solve_triangular(-system, one, upper=False, unitriangular=True)
-    seen = seen_q[0] + torch.diag_embed(rule.qb.squeeze(-1))
+    seen = seen_q + torch.diag_embed(rule.qb.squeeze(-1))
     return Met(q, inverse @ a, b, inverse @ w, seen, own, add, total)
 
 
-def _carry(met: Met, state: Float[Tensor, "b h k v"]) -> tuple[Float[Tensor, "n b h c v"], Float[Tensor, "b h k v"]]:
-    """y and the final state: the only part that goes chunk by chunk."""
-    reads, us, _, final = _Carry.apply(met.q, met.a, met.b, met.new, met.add, met.total, state)
-    y = reads + met.seen @ us
-    return y if met.own is None else y + met.own, final
+def carry(
+    q: Float[Tensor, "n b h c k"],
+    a: Float[Tensor, "n b h c k"],
+    b: Float[Tensor, "n b h c k"],
+    new: Float[Tensor, "n b h c v"],
+    add: Float[Tensor, "n b h k v"] | None,
+    total: Float[Tensor, "n #b #h #k 1"] | None,
+    state: Float[Tensor, "b h k v"],
+) -> tuple[Float[Tensor, "n b h c v"], Float[Tensor, "n b h c v"], Float[Tensor, "b h k v"]]:
+    """q S and u of every chunk, and S behind the last: the only part that goes chunk by chunk."""
+    reads, us, _, final = _Carry.apply(q, a, b, new, add, total, state)
+    return reads, us, final
 
 
 class _Carry(Function):
-    """q S and u of every chunk, S before it, and S behind the last.
+    """`carry`, and S before each chunk.
 
     Its own backward pass: that of a chunk's part of a tensor fills one as large as the whole, so that time would grow
     with the square of the chunks. What does not wait for the chunk behind is computed for all chunks at once.

@@ -25,9 +25,8 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
 
 
 def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    decay = arguments["log_decay"]
-    if not forced and (decay is None or decay.ndim < 4 or arguments["q"].shape[1] == 1):
-        return "differs from chunked for several tokens with a decay a key channel alone"
+    if not forced and (arguments["log_decay"] is None or arguments["q"].shape[1] == 1):
+        return "differs from chunked for several tokens with a decay alone"
     return refuse_native(arguments, forced)
 
 
@@ -103,7 +102,7 @@ def linear_attention(
     they are summed in: the widest of the inputs' dtypes and float32. Every tensor input has a gradient, also through
     the final states.
 
-    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops where a decay a key channel is), "chunked" (any
+    `impl`: "auto", "triton" (CUDA), "native" (CPU; compiled loops between the products), "chunked" (any
     device) or "reference" (a loop over time).
     Cost: about 4·batch·time·heads·(k_dim·v_dim + chunk·(k_dim + v_dim) / 2) FLOPs forward and twice that backward, in
     chunks of 16 to 64 tokens (once more times log2(chunk) within the chunk with a decay a key channel); memory O(time)

@@ -1,5 +1,5 @@
-"""Linear attention on the CPU: as `chunked`, with pairs under a decay a key channel in the loops of
-`pairs_kernels.py`, as torch custom ops. The delta rule shares them."""
+"""Linear attention on the CPU: as `chunked`, with the loops of `chunk_native.py` between the matrix products, and pairs
+under a decay a key channel in those of `pairs_kernels.py`, as torch custom ops. The delta rule shares them."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.linear_attention import pairs_kernels
-from ops.linear_attention.chunked import chunked
+from ops.linear_attention import chunk_native, pairs_kernels
+from ops.linear_attention.chunked import Parts, chunked
 from ops.linear_attention.pairs import pairs
 from ops.native_array import array
 from ops.native_threads import run_blocks
@@ -16,7 +16,7 @@ from ops.native_threads import run_blocks
 
 def native(**arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `ops.linear_attention`. Keeps what `chunked` keeps."""
-    return chunked(**arguments, pairs=_pairs)
+    return chunked(**arguments, parts=_PARTS)
 
 
 def _pairs(q: Tensor | None, k: Tensor | None, log_decay: Tensor, read: Tensor, itself: bool) -> tuple[Tensor, ...]:
@@ -24,6 +24,9 @@ def _pairs(q: Tensor | None, k: Tensor | None, log_decay: Tensor, read: Tensor, 
         return pairs(q, k, log_decay, read, itself)
     seen, *weights = native_pairs(q[None], k[None], log_decay, read, itself)
     return seen[0, 0], *weights
+
+
+_PARTS = Parts(_pairs, chunk_native.weigh, chunk_native.carry, chunk_native.values, chunk_native.combine)
 
 
 def native_pairs(

@@ -99,17 +99,17 @@ def _adjoint(s, lanes, one, zero):
 
 
 @njit(**OPTIONS)
-def forward(begin, end, k, v, w, u, marks, first, y, final, stored):
-    """Tasks [begin, end). first, final: [3, batch, channels] (numerator, denominator, maximum).
-    stored: [batch, chunks, 3, channels], the state before each chunk, or no chunks to store none."""
+def forward(begin, end, tile, k, v, w, u, marks, first, y, final, stored):
+    """Tasks [begin, end), of `tile` channels of a row each, TILE at most. first, final: [3, batch, channels]: the sums
+    and their maximum. stored: [batch, chunks, 3, channels], the state before each chunk, or no chunks to store none."""
     _, time, channels = k.shape
-    tiles = (channels + TILE - 1) // TILE
+    tiles = (channels + tile - 1) // tile
     one, zero = k.dtype.type(1), k.dtype.type(0)
     store = stored.shape[1] > 0
     s = np.zeros(KEPT, k.dtype)
     for task in range(begin, end):
-        b, lo = task // tiles, (task % tiles) * TILE
-        hi = min(lo + TILE, channels)
+        b, lo = task // tiles, (task % tiles) * tile
+        hi = min(lo + tile, channels)
         lanes = (hi - lo + 15) & ~15
         _load(s, NUM, first[0, b, lo:hi])
         _load(s, DEN, first[1, b, lo:hi])
@@ -157,7 +157,7 @@ def _again(s, b, from_t, to_t, lo, hi, lanes, k, v, marks, stored, one, zero):
 
 
 @njit(**OPTIONS)
-def backward(begin, end, k, v, w, u, marks, stored, gy, gfinal, dk, dv, dw, du, dfirst):
+def backward(begin, end, tile, k, v, w, u, marks, stored, gy, gfinal, dk, dv, dw, du, dfirst):
     """Tasks [begin, end). gfinal, dfirst: [.., batch, channels], of numerator and denominator (maxima are constants).
     dw, du: [batch, channels], to be summed over the batch.
 
@@ -165,12 +165,12 @@ def backward(begin, end, k, v, w, u, marks, stored, gy, gfinal, dk, dv, dw, du, 
     the forward pass's own factors, all at most 1: nothing can overflow.
     """
     _, time, channels = k.shape
-    tiles = (channels + TILE - 1) // TILE
+    tiles = (channels + tile - 1) // tile
     one, zero = k.dtype.type(1), k.dtype.type(0)
     s = np.zeros(KEPT + CHUNK * 5 * TILE, k.dtype)
     for task in range(begin, end):
-        b, lo = task // tiles, (task % tiles) * TILE
-        hi = min(lo + TILE, channels)
+        b, lo = task // tiles, (task % tiles) * tile
+        hi = min(lo + tile, channels)
         lanes = (hi - lo + 15) & ~15
         _load(s, W, w[lo:hi])
         _load(s, U, u[lo:hi])

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ops import segments as seg
 from ops.native_array import array
-from ops.native_threads import run_blocks
+from ops.native_threads import even_tile, run_blocks
 from ops.wkv import kernels
 
 SMALL = 1 << 15  # values: below, one thread is done before a second has started
@@ -33,12 +33,14 @@ def wkv(
 
 
 def _run(kernel, k: Tensor, *tensors: Tensor) -> None:
-    tasks = k.shape[0] * -(-k.shape[2] // kernels.TILE)
+    batch, _, channels = k.shape
+    tile = even_tile(channels, batch, kernels.TILE)
+    tasks = batch * -(-channels // tile)
     arrays = [array(each) for each in (k, *tensors)]
     if k.numel() <= SMALL:
-        kernel(0, tasks, *arrays)
+        kernel(0, tasks, tile, *arrays)
     else:
-        run_blocks(kernel, tasks, *arrays)
+        run_blocks(kernel, tasks, tile, *arrays)
 
 
 def _forward(k, v, w, u, marks, first, save):

@@ -182,3 +182,10 @@ def test_products_leave_the_number_of_threads(threads, monkeypatch):
     before = tell(0)
     multiply(jobs([30] * 5, torch.float32))
     assert tell(before) == 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "tile"), [(1536, 1, 768), (1280, 2, 640), (1024, 3, 1024), (24, 1, 16), (7, 1, 7)]
+)
+def test_tasks_of_channels_are_alike(channels, batch, tile, two_threads):
+    assert native_threads.even_tile(channels, batch, 1024) == tile

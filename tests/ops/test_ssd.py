@@ -168,7 +168,7 @@ def test_compiles_into_one_graph():
 
 def test_explain_tells_what_linear_attention_takes():
     given = inputs(1, 4)
-    assert ops.explain(ssd, **given).chosen == "chunked"
+    assert ops.explain(ssd, **given).chosen == "native"
     with pytest.raises(RuntimeError, match="CUDA"):
         ssd(**{name: each.to("meta") for name, each in given.items()}, impl="triton")
 

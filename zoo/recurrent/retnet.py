@@ -36,8 +36,8 @@ class RetNetState(NamedTuple):
 
 
 class HeadNorm(nn.Module):
-    """A norm over each head's values by itself, times silu of a gate. "group" takes off the mean (GroupNorm of one group
-    a head), "rms" does not; `affine`: one weight a value, which heads share. In float32 at least; 0 stays 0."""
+    """A norm over each head's values by itself, times silu of a gate. "group" takes off the mean (GroupNorm, a head a
+    group), "rms" does not; `affine`: one weight a value, which heads share. In float32 at least; 0 stays 0."""
 
     def __init__(self, size: int, kind: str, affine: bool, eps: float):
         super().__init__()
