@@ -230,11 +230,37 @@ def linear_cross_entropy() -> Rows:
     return versus("linear_cross_entropy", shape, [x, weight], runs, 2 * rows * width * vocab)
 
 
+def gated_norm() -> Rows:
+    """At the end of most recurrent blocks: Gated DeltaNet's order over heads, and Mamba-2's over all channels."""
+    rows: Rows = []
+    for first, heads, width, module, name in (
+        (False, 8, 128, "qwen3_next.modeling_qwen3_next", "Qwen3NextRMSNormGated"),
+        (True, 1, 1024, "mamba2.modeling_mamba2", "MambaRMSNormGated"),
+    ):
+        x, gate = torch.randn(2, 2, 512, heads, width)
+        weight = torch.rand(width)
+
+        def module_of(kind: Any, width: int = width, first: bool = first) -> Run:
+            norm = kind(width, width) if first else kind(width)
+            return lambda *given: torch.func.functional_call(norm, {"weight": given[2]}, given[:2])
+
+        runs = {
+            OURS: lambda x, gate, weight, first=first: ops.gated_norm(x, gate, weight, gate_first=first),
+            "transformers": peer(f"transformers.models.{module}", name, module_of),
+        }
+        shape = f"batch 2, time 512, heads {heads}, width {width}"
+        rows += versus(
+            f"gated_norm, gate {'before' if first else 'after'}", shape, [x, gate, weight], runs, 10 * x.numel()
+        )
+    return rows
+
+
 GROUPS: dict[str, Callable[[bool], Rows]] = {
     each.__name__: each
     for each in (
         *(selective_scan, wkv, linear_recurrence, causal_conv1d, delta_rule, ssd, windows, linear),
         linear_cross_entropy,
+        gated_norm,
     )
 }
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 GROUPS = (
-    "convolution", "scan", "linear_attention", "delta_rule", "wkv", "moe", "long_conv", "attention", "decode", "loss"
+    "convolution", "scan", "linear_attention", "delta_rule", "wkv", "moe", "long_conv", "attention", "decode", "loss",
+    "norm",
 )  # fmt: skip
 RESULTS = Path(__file__).parent.parent / "results"
 
