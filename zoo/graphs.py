@@ -72,7 +72,7 @@ class Stepper:
             self.reset()
 
     @torch.no_grad()
-    def __call__(self, tokens: Int[Tensor, "batch *one"]) -> Float[Tensor, "batch vocab"]:
+    def __call__(self, tokens: Int[Tensor, " batch *one"]) -> Float[Tensor, "batch vocab"]:
         """Logits of the next token after one more token a row, [batch] or [batch, 1]."""
         if tokens.numel() != self.batch:
             raise ValueError(f"this stepper takes one token for each of {self.batch} rows, got {tuple(tokens.shape)}")

@@ -92,7 +92,7 @@ class Met(NamedTuple):
     seen: Float[Tensor, "n b h c c"]
     own: Float[Tensor, "n b h c v"] | None
     add: Float[Tensor, "n b h k v"] | None
-    total: Float[Tensor, "n #b #h #k 1"] | None
+    total: Float[Tensor, " n #b #h #k 1"] | None
 
 
 def meet(rule: Rule, parts: Parts) -> Met:
@@ -141,7 +141,7 @@ def carry(
     b: Float[Tensor, "n b h c k"],
     new: Float[Tensor, "n b h c v"],
     add: Float[Tensor, "n b h k v"] | None,
-    total: Float[Tensor, "n #b #h #k 1"] | None,
+    total: Float[Tensor, " n #b #h #k 1"] | None,
     state: Float[Tensor, "b h k v"],
 ) -> tuple[Float[Tensor, "n b h c v"], Float[Tensor, "n b h c v"], Float[Tensor, "b h k v"]]:
     """q S and u of every chunk, and S behind the last: the only part that goes chunk by chunk."""

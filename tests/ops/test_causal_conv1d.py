@@ -125,7 +125,7 @@ def test_many_channels_on_threads(impl):
     segments = ids(2, 40)
     wanted = outcome(inputs, "reference", segments, activation="silu")
     for found, want in zip(outcome(inputs, impl, segments, activation="silu"), wanted, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-11)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", FAST)

@@ -94,8 +94,7 @@ def test_it_is_the_equations():
     rows = []
     for t in range(11):
         first = t in (0, 4)
-        h = drive[t] if first else a[t] * h + (1 - a[t] ** 2).sqrt() * drive[t]
-        rows.append(h)
+        rows.append(drive[t] if first else a[t] * rows[-1] + (1 - a[t] ** 2).sqrt() * drive[t])
     gelu = torch.nn.functional.gelu(block.y_proj(x[0]), approximate="tanh")
     wanted = block.out_proj(gelu * torch.stack(rows))
     segments = torch.tensor([[3] * 4 + [5] * 7])

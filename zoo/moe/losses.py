@@ -15,7 +15,7 @@ def count_sorted(chosen: Int[Tensor, " choices"], experts: int) -> Int[Tensor, "
     return torch.searchsorted(chosen, bounds).diff()
 
 
-def mean(values: Float[Tensor, "tokens *rest"], valid: Bool[Tensor, " tokens"] | None) -> Float[Tensor, "*rest"]:
+def mean(values: Float[Tensor, " tokens *rest"], valid: Bool[Tensor, " tokens"] | None) -> Float[Tensor, " *rest"]:
     """Mean over the valid tokens; 0 if there is none."""
     if valid is None:
         return values.mean(0)
