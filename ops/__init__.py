@@ -21,6 +21,7 @@ from ops.slstm import slstm
 from ops.sparse_attention import sparse_attention
 from ops.ssd import ssd
 from ops.ssm_kernel import cauchy, vandermonde
+from ops.token_mix import token_mix
 from ops.wkv import wkv
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "slstm",
     "sparse_attention",
     "ssd",
+    "token_mix",
     "use",
     "vandermonde",
     "wkv",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ops import step
+from ops import step, token_mix
 from ops.step import Around
 from ops.wkv import empty_state, wkv
 from zoo.block import Block, Out, State, Step, enter, leave, stay, tag
@@ -105,9 +105,9 @@ class RWKV4(Block):
         if segments is not None:
             x = torch.where((segments != 0)[..., None], x, 0)  # a NaN at padding would reach weights' gradients
         before, shift = token_shift(x, None if state is None else state.shift, segments)
-        key = self.key(_mix(before, x, self.time_mix_key))
-        value = self.value(_mix(before, x, self.time_mix_value))
-        receptance = self.receptance(_mix(before, x, self.time_mix_receptance))
+        mixes = torch.stack([self.time_mix_key, self.time_mix_value, self.time_mix_receptance])
+        for_key, for_value, for_receptance = token_mix(before, x, mixes.to(x.dtype))
+        key, value, receptance = self.key(for_key), self.value(for_value), self.receptance(for_receptance)
         log_decay = -torch.exp(self.time_decay.to(torch.promote_types(self.time_decay.dtype, torch.float32)))
         sums = None if state is None else (state.numerator, state.denominator, state.maximum)
         average, final = wkv(
@@ -193,8 +193,10 @@ class RWKV4ChannelMix(ChannelMix):
     def feed(
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
-        key = torch.relu(self.key(_mix(before, x, self.time_mix_key))).square()
-        return torch.sigmoid(self.receptance(_mix(before, x, self.time_mix_receptance))) * self.value(key)
+        mixes = torch.stack([self.time_mix_key, self.time_mix_receptance])  # the share of the token itself
+        for_key, for_receptance = token_mix(before, x, mixes.to(x.dtype))
+        key = torch.relu(self.key(for_key)).square()
+        return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 
     def bind_step(self, around: Around) -> Step | None:
         linears = (self.key, self.receptance, self.value)
@@ -223,8 +225,3 @@ class RWKV4ChannelMix(ChannelMix):
 
     def extra_repr(self) -> str:
         return f"{self.width}, hidden={self.hidden}, layer={self.layer}, layers={self.layers}"
-
-
-def _mix(before: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    """share ⊙ x + (1 - share) ⊙ before."""
-    return torch.lerp(before, x, share.to(x.dtype))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ops import gated_norm, linear_attention
+from ops import gated_norm, linear_attention, token_mix
 from zoo.block import Block, Out, enter, leave, tag
 from zoo.layers.checks import number, place
 from zoo.layers.heads import choose_heads
@@ -145,12 +145,12 @@ class RWKV6(Block):
 
     def mixes(
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
-    ) -> Float[Tensor, "five batch time width"]:
+    ) -> tuple[Float[Tensor, "batch time width"], ...]:
         """What the decay, key, value, receptance and gate are made of: each channel between x and the token before."""
-        difference = before - x
-        low = torch.tanh(self.mix_encode(x + difference * self.mix_input.to(x.dtype)))
+        (start,) = token_mix(x, before, self.mix_input.to(x.dtype)[None])
+        low = torch.tanh(self.mix_encode(start))
         moved = torch.einsum("btnr,nrw->nbtw", low.unflatten(-1, (5, -1)), self.mix_decode.to(low.dtype))
-        return x + difference * (self.mix[:, None, None].to(x.dtype) + moved)
+        return token_mix(x, before, self.mix.to(x.dtype), moved)
 
     def forward(
         self,

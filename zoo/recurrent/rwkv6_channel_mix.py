@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ops import token_mix
 from zoo.block import tag
 from zoo.layers.checks import integer, place
 from zoo.layers.initial import orthogonal_
@@ -60,9 +61,10 @@ class RWKV6ChannelMix(ChannelMix):
     def feed(
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
-        key = torch.relu(self.key(torch.lerp(x, before, self.mix_key.to(x.dtype)))).square()
-        receptance = self.receptance(torch.lerp(x, before, self.mix_receptance.to(x.dtype)))
-        return torch.sigmoid(receptance) * self.value(key)
+        mixes = torch.stack([self.mix_key, self.mix_receptance])
+        for_key, for_receptance = token_mix(x, before, mixes.to(x.dtype))
+        key = torch.relu(self.key(for_key)).square()
+        return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 
     def flops_per_token(self, context: int) -> int:
         """The matrices; each mix 3 a channel, relu² 2 a hidden unit, the gate 2 a channel."""
