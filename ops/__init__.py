@@ -15,6 +15,7 @@ from ops.linear_attention import linear_attention
 from ops.linear_cross_entropy import linear_cross_entropy
 from ops.linear_recurrence import linear_recurrence
 from ops.long_conv import long_conv
+from ops.relu2 import relu2
 from ops.rms_norm import rms_norm
 from ops.selective_scan import selective_scan
 from ops.slstm import slstm
@@ -39,6 +40,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_recurrence",
     "long_conv",
+    "relu2",
     "rms_norm",
     "selective_scan",
     "slstm",

@@ -86,7 +86,7 @@ def implementations_met() -> Iterator[set[str]]:
     plan = Op.plan
 
     def noted(self: Op, *arguments: Any) -> Any:
-        if self.name not in ("linear", "rms_norm", "gated", "gated_norm", "token_mix"):
+        if self.name not in ("linear", "rms_norm", "gated", "gated_norm", "token_mix", "relu2"):
             met.update(self.names)
         return plan(self, *arguments)
 

@@ -14,7 +14,7 @@ OPS = (
     *("rwkv6", "rwkv7", "rg_lru", "slstm", "moe", "linformer"),
 )
 IMPLEMENTATIONS = " or ".join(f"test_law[{kind}-implementations-float32]" for kind in OPS)
-LAWS = f"((contract or chunks or padding or packed) and float32) or {IMPLEMENTATIONS}"
+LAWS = f"((contract or chunks or packed) and float32) or {IMPLEMENTATIONS}"
 SHARES = 4  # so that the processes which run the tests have something to share
 
 

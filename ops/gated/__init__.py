@@ -9,13 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque
+from ops.relu2 import relu2
 
 __all__ = ["ACTIVATIONS", "gated"]
-
-
-def relu2(x: Tensor) -> Tensor:
-    """relu(x)² (So et al., Primer, 2109.08668)."""
-    return F.relu(x).square()
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ops import step, token_mix
+from ops import relu2, step, token_mix
 from ops.step import Around
 from ops.wkv import empty_state, wkv
 from zoo.block import Block, Out, State, Step, enter, leave, stay, tag
@@ -195,7 +195,7 @@ class RWKV4ChannelMix(ChannelMix):
     ) -> Float[Tensor, "batch time width"]:
         mixes = torch.stack([self.time_mix_key, self.time_mix_receptance])  # the share of the token itself
         for_key, for_receptance = token_mix(before, x, mixes.to(x.dtype))
-        key = torch.relu(self.key(for_key)).square()
+        key = relu2(self.key(for_key))
         return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 
     def bind_step(self, around: Around) -> Step | None:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ops import token_mix
+from ops import relu2, token_mix
 from zoo.block import tag
 from zoo.layers.checks import integer, place
 from zoo.layers.initial import orthogonal_
@@ -63,7 +63,7 @@ class RWKV6ChannelMix(ChannelMix):
     ) -> Float[Tensor, "batch time width"]:
         mixes = torch.stack([self.mix_key, self.mix_receptance])
         for_key, for_receptance = token_mix(x, before, mixes.to(x.dtype))
-        key = torch.relu(self.key(for_key)).square()
+        key = relu2(self.key(for_key))
         return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 
     def flops_per_token(self, context: int) -> int:

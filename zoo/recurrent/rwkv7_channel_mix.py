@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ops import token_mix
+from ops import relu2, token_mix
 from zoo.block import tag
 from zoo.layers.checks import integer, place
 from zoo.layers.linear import Linear
@@ -52,7 +52,7 @@ class RWKV7ChannelMix(ChannelMix):
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
         (mixed,) = token_mix(x, before, self.mix_key.to(x.dtype)[None])
-        return self.value(torch.relu(self.key(mixed)).square())
+        return self.value(relu2(self.key(mixed)))
 
     def flops_per_token(self, context: int) -> int:
         """The matrices; the mix 3 a channel, relu² 2 a hidden unit."""
