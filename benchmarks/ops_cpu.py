@@ -255,12 +255,32 @@ def gated_norm() -> Rows:
     return rows
 
 
+def token_mix() -> Rows:
+    """RWKV-6's five mixes, moved by the data, and their sum."""
+    x, before = torch.randn(2, 2, 512, 512)
+    tensors = [x, before, torch.rand(5, 512), torch.randn(5, 2, 512, 512)]
+
+    def chain(x: Tensor, before: Tensor, weight: Tensor, moved: Tensor) -> Tensor:
+        return sum((x + (before - x) * (weight[:, None, None] + moved)).unbind(), torch.zeros(()))
+
+    runs = {OURS: lambda *given: sum(ops.token_mix(*given), torch.zeros(())), "torch": chain}
+    return versus("token_mix, 5 mixes", "batch 2, time 512, width 512", tensors, runs, 15 * x.numel())
+
+
+def relu2() -> Rows:
+    x = torch.randn(2, 512, 2048)
+    runs = {OURS: ops.relu2, "torch": lambda x: torch.relu(x).square()}
+    return versus("relu2", "batch 2, time 512, hidden 2048", [x], runs, 2 * x.numel())
+
+
 GROUPS: dict[str, Callable[[bool], Rows]] = {
     each.__name__: each
     for each in (
         *(selective_scan, wkv, linear_recurrence, causal_conv1d, delta_rule, ssd, windows, linear),
         linear_cross_entropy,
         gated_norm,
+        token_mix,
+        relu2,
     )
 }
 

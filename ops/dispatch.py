@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+LEAST = 1 << 17  # values: below, the call of one pass over memory takes longer than the pass
+
 # Says why these arguments cannot be taken (None: they can). `forced` tells a call by name from `auto`.
 Refusal = Callable[[Mapping[str, Any], bool], str | None]
 
@@ -167,6 +169,24 @@ def refuse_opaque(arguments: Mapping[str, Any]) -> str | None:
     if _get_current_dispatch_mode() is not None:
         return "would be hidden from the dispatch mode that watches or replaces operations here"
     return refuse_transforms()
+
+
+def refuse_few(arguments: Mapping[str, Any], values: int, forced: bool) -> str | None:
+    """Why one compiled pass over so many values is not worth its call, or is none that torch could look into."""
+    if values < LEAST and not forced:
+        return f"gains nothing below {LEAST} values, got {values}"
+    if not values:
+        return "has nothing to do"
+    return refuse_opaque(arguments)
+
+
+def refuse_native_pass(arguments: Mapping[str, Any], values: int, forced: bool) -> str | None:
+    """Why one pass of numba's over so many values cannot take these tensors: float32 or float64, all alike, on the CPU,
+    and enough of them."""
+    kinds = {each.dtype for each in tensors(arguments)}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
+        return f"takes float32 or float64, all alike, got {', '.join(sorted(map(str, kinds)))}"
+    return refuse_few(arguments, values, forced) or refuse_native(arguments, forced)
 
 
 def refuse_transforms() -> str | None:

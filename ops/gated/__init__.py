@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque
+from ops.dispatch import Implementation, Op, refuse_native_pass
 from ops.relu2 import relu2
 
 __all__ = ["ACTIVATIONS", "gated"]
@@ -28,7 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 COMPILED = ("silu", "gelu_tanh")
-LEAST = 1 << 17  # values: below, a call takes longer than the work
 
 
 def gated(inner: Float[Tensor, "*rows inner"], activation: str, *, impl: str = "auto") -> Float[Tensor, "*rows hidden"]:
@@ -67,16 +66,9 @@ def _reference(inner: Tensor, activation: str) -> Tensor:
 
 
 def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    inner, activation = arguments["inner"], arguments["activation"]
-    if inner.dtype not in (torch.float32, torch.float64):
-        return f"takes float32 and float64, got {inner.dtype}"
-    if activation not in COMPILED:
-        return f"knows {' and '.join(COMPILED)}, not {activation}"
-    if inner.numel() < LEAST and not forced:
-        return f"gains nothing below {LEAST} values, got {inner.numel()}"
-    if not inner.numel():
-        return "has nothing to do"
-    return refuse_opaque(arguments) or refuse_native(arguments, forced)
+    if arguments["activation"] not in COMPILED:
+        return f"knows {' and '.join(COMPILED)}, not {arguments['activation']}"
+    return refuse_native_pass(arguments, arguments["inner"].numel(), forced)
 
 
 _OP = Op(

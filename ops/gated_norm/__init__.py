@@ -7,12 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque, refuse_triton
+from ops.dispatch import Implementation, Op, refuse_few, refuse_native_pass, refuse_triton
 from ops.gated_norm.common import ACTIVATIONS, chain
 
 __all__ = ["gated_norm"]
 
-LEAST = 1 << 17  # values: below, a call takes longer than the work
 WIDEST = 1 << 14  # values of a row that a Triton program holds
 
 
@@ -103,20 +102,8 @@ def _reference(
     return (y if gate_first else y * opened).to(gate.dtype)
 
 
-def _refuse_small(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    x = arguments["x"]
-    if x.numel() < LEAST and not forced:
-        return f"gains nothing below {LEAST} values, got {x.numel()}"
-    if not x.numel():
-        return "has nothing to do"
-    return refuse_opaque(arguments)
-
-
 def _refuse_native(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    kinds = {arguments[each].dtype for each in ("x", "gate", "weight", "bias") if arguments[each] is not None}
-    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-        return f"takes float32 or float64, all alike, got {', '.join(sorted(map(str, kinds)))}"
-    return _refuse_small(arguments, forced) or refuse_native(arguments, forced)
+    return refuse_native_pass(arguments, arguments["x"].numel(), forced)
 
 
 def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
@@ -125,7 +112,7 @@ def _refuse_triton(arguments: Mapping[str, Any], forced: bool) -> str | None:
         return "computes in float32, got float64"
     if x.shape[-1] > WIDEST:
         return f"takes rows of up to {WIDEST} values, got {x.shape[-1]}"
-    return _refuse_small(arguments, forced) or refuse_triton(arguments, forced)
+    return refuse_few(arguments, x.numel(), forced) or refuse_triton(arguments, forced)
 
 
 _OP = Op(

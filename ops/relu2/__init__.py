@@ -8,18 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque
+from ops.dispatch import Implementation, Op, refuse_native_pass
 
 __all__ = ["relu2"]
-
-LEAST = 1 << 17  # values: below, a call takes longer than the work
 
 
 def relu2(x: Float[Tensor, "*shape"], *, impl: str = "auto") -> Float[Tensor, "*shape"]:
     """relu(x)² (So et al., Primer, 2109.08668, section 4.1). Differentiable any number of times.
 
     "native" (numba on a CPU; float32 and float64) reads x once, keeps it alone, and once more with the gradient in the
-    backward pass; torch's operations make and keep a tensor more and pass over the memory three times as often.
+    backward pass; torch's operations make and keep a tensor more.
 
     impl: "auto", "native", "torch", "reference".
     Cost: 2 FLOPs a value, 4 with backward; the time to read and write it.
@@ -43,14 +41,7 @@ def _reference(x: Tensor) -> Tensor:
 
 
 def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    x = arguments["x"]
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"takes float32 and float64, got {x.dtype}"
-    if x.numel() < LEAST and not forced:
-        return f"gains nothing below {LEAST} values, got {x.numel()}"
-    if not x.numel():
-        return "has nothing to do"
-    return refuse_opaque(arguments) or refuse_native(arguments, forced)
+    return refuse_native_pass(arguments, arguments["x"].numel(), forced)
 
 
 _OP = Op(

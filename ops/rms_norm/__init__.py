@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque
+from ops.dispatch import Implementation, Op, refuse_native_pass
 
 __all__ = ["rms_norm"]
-
-LEAST = 1 << 17  # values: below, a call takes longer than the norm
 
 
 def rms_norm(
@@ -52,14 +50,7 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    x, weight = arguments["x"], arguments["weight"]
-    if x.dtype not in (torch.float32, torch.float64) or (weight is not None and weight.dtype != x.dtype):
-        return f"takes x and weight of float32 or float64, alike, got {x.dtype} and {getattr(weight, 'dtype', None)}"
-    if x.numel() < LEAST and not forced:
-        return f"gains nothing below {LEAST} values, got {x.numel()}"
-    if not x.numel():
-        return "has nothing to do"
-    return refuse_opaque(arguments) or refuse_native(arguments, forced)
+    return refuse_native_pass(arguments, arguments["x"].numel(), forced)
 
 
 _OP = Op(

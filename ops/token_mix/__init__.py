@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.dispatch import Implementation, Op, refuse_native, refuse_opaque
+from ops.dispatch import Implementation, Op, refuse_native_pass
 
 __all__ = ["token_mix"]
-
-LEAST = 1 << 17  # values: below, a call takes longer than the work
 
 
 def token_mix(
@@ -65,15 +63,7 @@ def _reference(x: Tensor, before: Tensor, weight: Tensor, moved: Tensor | None) 
 
 
 def _refuse(arguments: Mapping[str, Any], forced: bool) -> str | None:
-    x, given = arguments["x"], [each for each in arguments.values() if each is not None]
-    kinds = {each.dtype for each in given}
-    if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-        return f"takes float32 or float64, all alike, got {', '.join(sorted(map(str, kinds)))}"
-    if x.numel() * len(arguments["weight"]) < LEAST and not forced:
-        return f"gains nothing below {LEAST} values, got {x.numel() * len(arguments['weight'])}"
-    if not x.numel() or not len(arguments["weight"]):
-        return "has nothing to do"
-    return refuse_opaque(arguments) or refuse_native(arguments, forced)
+    return refuse_native_pass(arguments, arguments["x"].numel() * len(arguments["weight"]), forced)
 
 
 _OP = Op(

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops import gated
-from ops.gated import ACTIVATIONS, COMPILED, LEAST
+from ops.dispatch import LEAST
+from ops.gated import ACTIVATIONS, COMPILED
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 BY_TORCH = {

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops import gated_norm
-from ops.gated_norm import LEAST, WIDEST
+from ops.dispatch import LEAST
+from ops.gated_norm import WIDEST
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-6, torch.bfloat16: 3e-2}
 OPTIONS = [

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops import rms_norm
-from ops.rms_norm import LEAST
+from ops.dispatch import LEAST
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 
@@ -118,7 +118,7 @@ def test_what_is_taken():
     assert ops.explain(rms_norm, big[:0], None, 1e-6).chosen == "torch"
     with FlopCounterMode(display=False):
         assert "dispatch mode" in ops.explain(rms_norm, big, weight, 1e-6).refused["native"]
-    with pytest.raises(RuntimeError, match="float32 or float64, alike"):
+    with pytest.raises(RuntimeError, match="float32 or float64, all alike"):
         rms_norm(big, weight.double(), 1e-6, impl="native")
     with pytest.raises(ValueError, match=r"got \(2, 64\) and \(63,\)"):
         rms_norm(small, weight[:63], 1e-6)

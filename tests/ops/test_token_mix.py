@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops import token_mix
-from ops.token_mix import LEAST
+from ops.dispatch import LEAST
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 # x, mixes, whether the data move them

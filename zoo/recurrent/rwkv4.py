@@ -106,7 +106,7 @@ class RWKV4(Block):
             x = torch.where((segments != 0)[..., None], x, 0)  # a NaN at padding would reach weights' gradients
         before, shift = token_shift(x, None if state is None else state.shift, segments)
         mixes = torch.stack([self.time_mix_key, self.time_mix_value, self.time_mix_receptance])
-        for_key, for_value, for_receptance = token_mix(before, x, mixes.to(x.dtype))
+        for_key, for_value, for_receptance = token_mix(before, x, mixes)
         key, value, receptance = self.key(for_key), self.value(for_value), self.receptance(for_receptance)
         log_decay = -torch.exp(self.time_decay.to(torch.promote_types(self.time_decay.dtype, torch.float32)))
         sums = None if state is None else (state.numerator, state.denominator, state.maximum)
@@ -194,7 +194,7 @@ class RWKV4ChannelMix(ChannelMix):
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
         mixes = torch.stack([self.time_mix_key, self.time_mix_receptance])  # the share of the token itself
-        for_key, for_receptance = token_mix(before, x, mixes.to(x.dtype))
+        for_key, for_receptance = token_mix(before, x, mixes)
         key = relu2(self.key(for_key))
         return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 

@@ -147,10 +147,10 @@ class RWKV6(Block):
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> tuple[Float[Tensor, "batch time width"], ...]:
         """What the decay, key, value, receptance and gate are made of: each channel between x and the token before."""
-        (start,) = token_mix(x, before, self.mix_input.to(x.dtype)[None])
+        (start,) = token_mix(x, before, self.mix_input[None])
         low = torch.tanh(self.mix_encode(start))
         moved = torch.einsum("btnr,nrw->nbtw", low.unflatten(-1, (5, -1)), self.mix_decode.to(low.dtype))
-        return token_mix(x, before, self.mix.to(x.dtype), moved)
+        return token_mix(x, before, self.mix, moved)
 
     def forward(
         self,

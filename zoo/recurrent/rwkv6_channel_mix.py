@@ -62,7 +62,7 @@ class RWKV6ChannelMix(ChannelMix):
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
         mixes = torch.stack([self.mix_key, self.mix_receptance])
-        for_key, for_receptance = token_mix(x, before, mixes.to(x.dtype))
+        for_key, for_receptance = token_mix(x, before, mixes)
         key = relu2(self.key(for_key))
         return torch.sigmoid(self.receptance(for_receptance)) * self.value(key)
 

@@ -51,7 +51,7 @@ class RWKV7ChannelMix(ChannelMix):
     def feed(
         self, x: Float[Tensor, "batch time width"], before: Float[Tensor, "batch time width"]
     ) -> Float[Tensor, "batch time width"]:
-        (mixed,) = token_mix(x, before, self.mix_key.to(x.dtype)[None])
+        (mixed,) = token_mix(x, before, self.mix_key[None])
         return self.value(relu2(self.key(mixed)))
 
     def flops_per_token(self, context: int) -> int:

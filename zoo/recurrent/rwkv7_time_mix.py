@@ -112,7 +112,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The output, layer 0's values, the last token and the last matrices. `first`: layer 0's values, None in it."""
         before, shift = token_shift(x, shift, segments)
-        r, w, k, v, a, g = token_mix(x, before, self.mix.to(x.dtype))
+        r, w, k, v, a, g = token_mix(x, before, self.mix)
         r, k, v = self.receptance(r), self.key(k), self.mix_value(v, first)
         log_decay = -_RATE * torch.sigmoid(self.decay(w))
         a, wide = torch.sigmoid(self.rate(a)), torch.promote_types(x.dtype, torch.float32)
