@@ -18,7 +18,8 @@ def main() -> None:
         importlib.import_module(f"benchmarks.{name}").main()
     importlib.import_module("benchmarks.models_cpu").main([])
     if "--slow" in sys.argv:
-        importlib.import_module("benchmarks.mamba_training_cpu").main()
+        for name in ("mamba_training_cpu", "mamba_model_cpu"):
+            importlib.import_module(f"benchmarks.{name}").main()
     if torch.cuda.is_available():
         importlib.import_module("benchmarks.gpu.__main__").main([])
 
