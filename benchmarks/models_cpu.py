@@ -1,8 +1,9 @@
 """Whole models on the CPU, ours and transformers', of the same configuration and the same weights: training, prefill
 and decoding. Part of `python -m benchmarks`; alone `python -m benchmarks.models_cpu [MODEL ...]`.
 
-Width 512, 8 layers, a vocabulary of 32,000, float32. A training step is forward, cross-entropy and backward, without
-an optimizer. Roof: FLOPs of the matrix products for training and prefill, bytes of weights and state for a token.
+Width 512, 8 layers, a vocabulary of 32,000, float32. A training step is forward, the loss of the labels and backward,
+without an optimizer; ours makes the loss as `zoo pretrain` does, without logits (`skip_logits`). Roof: FLOPs of the
+matrix products for training and prefill, bytes of weights and state for a token.
 """
 
 import sys
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 
 import zoo.convert
 from benchmarks.measure import OURS, Work, contest, write
@@ -83,12 +83,11 @@ def flops(ours: ZooForCausalLM, time: int, logits: int | None = None) -> float:
     return head + time * sum(each.block.flops_per_token(time // 2) for each in model.residuals)
 
 
-def step(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
+def step(model: Any, tokens: torch.Tensor, **options: Any) -> Callable[[], None]:
     """Forward, loss and backward."""
 
     def run() -> None:
-        logits = model(tokens[:, :-1], use_cache=False).logits
-        cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        model(tokens, labels=tokens, use_cache=False, **options).loss.backward()
         model.zero_grad(set_to_none=True)
 
     return run
@@ -96,14 +95,14 @@ def step(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
 
 def training(name: str, theirs: Any, ours: ZooForCausalLM, slow: bool = False) -> Iterator[list[dict[str, Any]]]:
     for batch, time in ((2, 512), (1, 2048)):
-        tokens = torch.randint(3, SIZES["vocab_size"], (batch, time + 1))
+        tokens = torch.randint(3, SIZES["vocab_size"], (batch, time))
         peer: Any = step(theirs.train(), tokens)
         if name in SLOW and not slow:
             peer = "takes minutes: see mamba_training_cpu"
         yield contest(
             f"{name} train",
             f"{batch}x{time}",
-            {OURS: step(ours.train(), tokens), "transformers": peer},
+            {OURS: step(ours.train(), tokens, skip_logits=True), "transformers": peer},
             work=Work(3 * flops(ours, time) * batch, 0),
             tokens=batch * time,
             repeats=3,

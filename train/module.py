@@ -160,8 +160,9 @@ class LanguageModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         task = self.objective.validation(batch)
-        out = self.network(task.tokens, segments=batch.get("segments"))
-        nats = self._nats(out.logits, task.targets)
+        targets = None if self.objective.reads_logits else task.targets
+        out = self.network(task.tokens, segments=batch.get("segments"), targets=targets)
+        nats = self._nats(out.logits, task.targets) if targets is None else out.nats
         self.text += self.objective.count(out.logits, task, nats, batch).cpu()
 
     def on_validation_epoch_end(self) -> None:

@@ -31,6 +31,7 @@ class Objective(Protocol):
     curve: str  # the validation metric that is drawn over the run
     label: str  # its name and unit for people
     counted: int  # how many sums `count` returns
+    reads_logits: bool  # whether `count` does; without, a validation batch has none (see LanguageModel's `targets`)
 
     def setup(self, data: Any, vocab_size: int) -> None:
         """Learn from the data module what is needed. Raises ValueError where data and model do not fit."""
@@ -74,7 +75,7 @@ def objective(config: ModelConfig, masking: MaskingConfig) -> Objective:
 class NextToken:
     """Each token from those before it."""
 
-    curve, label, counted = "val/bits_per_byte", "bits/byte", 3
+    curve, label, counted, reads_logits = "val/bits_per_byte", "bits/byte", 3, False
 
     def setup(self, data: Any, vocab_size: int) -> None:
         tokenizer = getattr(data, "tokenizer", None)
@@ -108,7 +109,7 @@ class Masked:
     """Hidden tokens from all others; see `train.masking`. Measured beside the unigram baseline, which knows how often
     each token stands in the training text and nothing of the context: it always guesses the most frequent one."""
 
-    counted = 5
+    counted, reads_logits = 5, True
 
     def __init__(self, masking: MaskingConfig):
         self.masking = masking

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.hf.models import STACKS, VOCAB, WIDTH, causal, config, left_padded, tokens
+from tests.hf.models import STACKS, VOCAB, WIDTH, causal, config, left_padded, masked, tokens
 from zoo.hf import ZooForCausalLM, ZooForMaskedLM, ZooOutput
 from zoo.model import losses
 
@@ -32,6 +32,75 @@ def test_loss(stack):
     torch.testing.assert_close(counted.loss, expected, check_dtype=False)
     assert out.past_key_values is None
     assert model(ids, labels=labels, return_dict=False)[0] == out.loss
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": torch.tensor(100)}, {"ignore_index": -7}], ids=str)
+def test_the_loss_without_logits(kind, options):
+    """The same loss and gradients, of packed rows too, and no logits."""
+    if kind == "causal":
+        model = causal("hybrid").train()
+    else:
+        model = masked([{"kind": "gqa", "heads": 4, "causal": False}, "swiglu"]).train()
+    ids = tokens(2, 11)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 3] = options.get("ignore_index", -100)
+    for mask in (None, PACKED if kind == "causal" and not options.get("ignore_index") else torch.ones_like(ids)):
+        given = {"input_ids": ids, "attention_mask": mask, "labels": labels, **options}
+        wanted = model(**given)
+        found = model(**given, skip_logits=True)
+        assert found.logits is None
+        # transformers' own loss of a masked model is float32's
+        like = {"check_dtype": False, "rtol": 1e-5, "atol": 1e-7} if kind == "masked" else {}
+        torch.testing.assert_close(found.loss, wanted.loss, **like)
+        torch.testing.assert_close(gradients(model, found.loss), gradients(model, wanted.loss), **like)
+        assert len(model(**given, skip_logits=True, return_dict=False)) == len(wanted.to_tuple()) - 1
+
+
+def test_who_skips_logits():
+    """In training, as the configuration says; a call says otherwise."""
+    model, ids = causal("attention"), tokens(2, 11)
+    model.config.skip_logits = True
+    assert model(ids, labels=ids).logits is not None
+    assert model(ids, labels=ids, skip_logits=True).logits is None
+    model.train()
+    assert model(ids, labels=ids).logits is None
+    assert model(ids).logits is not None
+    assert model(ids, labels=ids, skip_logits=False).logits is not None
+    assert model(ids, labels=ids, output_hidden_states=True).hidden_states[-1].shape == (2, 11, WIDTH)
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, model(ids, labels=ids).loss)
+    for given in ({}, {"labels": ids, "use_cache": True}):
+        with pytest.raises(ValueError, match="skip_logits"):
+            model(ids, skip_logits=True, **given)
+    model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 7
+    assert float(model(ids, labels=ids).loss) == 7
+    with pytest.raises(ValueError, match="loss_function"):
+        model(ids, labels=ids, skip_logits=True)
+
+
+def test_transformers_own_trainer(tmp_path):
+    """It trains without logits as it does with them, and evaluates with them."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(8, 11).tolist()]
+    common = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.01, "report_to": [], "use_cpu": True}
+    losses_ = []
+    for skip in (False, True):
+        model = causal("hybrid")
+        model.config.skip_logits = skip
+        trainer = Trainer(model, TrainingArguments(str(tmp_path / str(skip)), **common), train_dataset=rows)
+        trained = trainer.train().training_loss
+        predicted = trainer.predict(rows[:2])
+        assert predicted.predictions.shape == (2, 11, VOCAB)
+        losses_.append((trained, predicted.metrics["test_loss"]))
+    assert losses_[0] == pytest.approx(losses_[1], rel=1e-6)
 
 
 @stacks

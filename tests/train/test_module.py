@@ -49,7 +49,11 @@ def test_the_loss_is_the_mean_over_predicted_tokens_and_the_blocks_losses(text, 
 def test_bits_per_byte_is_over_the_whole_validation_text(text, tmp_path):
     one, source = module(), data(text, batch_size=3, length=50)
     running = trainer(tmp_path, limit_val_batches=1.0)
+    logits = []
+    watch = one.network.register_forward_hook(lambda model, given, out: logits.append(out.logits.numel()))
     found = running.validate(one, datamodule=source, verbose=False)[0]
+    watch.remove()
+    assert logits and not any(logits), "the logits of a validation batch were made"
     nats = tokens = 0
     for document in _documents(source.held_out.corpus):
         # The windows cut the text; the model sees no further back than its window.

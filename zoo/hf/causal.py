@@ -35,13 +35,15 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> ZooOutput | tuple:
         """Logits of the next token at each position, the loss where `labels` are given, the cache where it is used.
 
         `use_cache=None` makes a cache under `torch.no_grad()` without labels, if the configuration says use_cache.
-        `position_ids` only tell documents apart, where no mask does; blocks count positions themselves. `kwargs` go
-        to the loss (`num_items_in_batch`). Raises ValueError for inputs that do not fit one another.
+        `position_ids` only tell documents apart, where no mask does; blocks count positions themselves.
+        `skip_logits=True` gives the loss of the labels without any logits, None as the configuration's `skip_logits`
+        says. `kwargs` go to the loss (`num_items_in_batch`). Raises ValueError for inputs that do not fit one another.
         """
         refuse_attentions(output_attentions)
         cache = past_key_values
@@ -58,6 +60,15 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if labels is not None:
             check_labels(labels, piece, logits_to_keep)
+        if self._skips_logits(skip_logits, labels):
+            if cache is not None:
+                raise ValueError("skip_logits goes without a cache; leave past_key_values and use_cache out")
+            shifted = kwargs.pop("shift_labels", None)
+            if shifted is None:
+                within = _within_documents(cast(Tensor, labels), piece.segments)
+                shifted = nn.functional.pad(within[:, 1:], (0, 1), value=kwargs.get("ignore_index", -100))
+            out, loss = self._loss_alone(piece, shifted, bool(want), **kwargs)
+            return self._finish(out, None, loss, return_dict)
         if cache is None:
             out = self.model(
                 piece.tokens,

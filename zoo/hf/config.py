@@ -39,6 +39,8 @@ class ZooConfig(PreTrainedConfig):
     Args:
         model: a `ModelConfig`, or what `load_config` takes (a mapping, a YAML file, a preset's name); kept as data.
         use_cache: whether inference returns a `ZooCache` unless told otherwise.
+        skip_logits: whether a model in training mode that gets `labels` returns their loss and no logits, which then
+            never exist all at once: less memory and time. A Trainer that reads logits while training needs False.
         published: the configuration of the published checkpoint that the model came from (see `zoo.convert`), if any.
         zoo_version: the version of efficient-zoo that wrote the file. Raises ValueError when it is newer than this one.
 
@@ -50,6 +52,7 @@ class ZooConfig(PreTrainedConfig):
 
     model: Any = None
     use_cache: bool = True
+    skip_logits: bool = False
     published: Any = None
     zoo_version: str = __version__
 

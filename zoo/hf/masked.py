@@ -1,6 +1,6 @@
 """`ZooForMaskedLM`: a masked `LanguageModel` behind transformers' interfaces."""
 
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -25,12 +25,18 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> ZooOutput | tuple:
         """Logits, and the loss where `labels` are given; arguments as in `ZooForCausalLM`, without a cache."""
         refuse_attentions(output_attentions)
         piece = self._piece(input_ids, inputs_embeds, attention_mask, position_ids)
         want = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if labels is not None:
+            check_labels(labels, piece, logits_to_keep)
+        if self._skips_logits(skip_logits, labels):
+            out, loss = self._loss_alone(piece, cast(Tensor, labels), bool(want), **kwargs)
+            return self._finish(out, None, loss, return_dict)
         out = self.model(
             piece.tokens,
             None,
@@ -41,6 +47,5 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         )
         loss = None
         if labels is not None:
-            check_labels(labels, piece, logits_to_keep)
             loss = self.loss_function(out.logits, labels, vocab_size=out.logits.shape[-1], **kwargs)
         return self._finish(out, None, loss, return_dict)

@@ -5,6 +5,7 @@ import os
 from typing import Any, cast
 
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ class ZooOutput(ModelOutput):
     """What a model returns; entries that were not asked for are None.
 
     loss: cross entropy of the labels plus the blocks' own losses (routers).
-    logits: [batch, kept, vocab].
+    logits: [batch, kept, vocab]; None where they were skipped.
     past_key_values: the `ZooCache` after these tokens.
     hidden_states: the residual stream before each block and what the head reads, [batch, time, width] each.
     aux: the blocks' named losses, statistics and, while training, sums: "blocks.<index>/<loss, stat or sum>/<name>".
@@ -180,13 +181,51 @@ class ZooPreTrainedModel(PreTrainedModel):
             segments = _unless_ones(segments)
         return piece._replace(segments=segments)
 
+    def _skips_logits(self, asked: bool | None, labels: Tensor | None) -> bool:
+        """Whether a call makes the loss without logits: as asked, else as the configuration says of training.
+        Raises ValueError where that was asked and cannot be."""
+        own = getattr(self, "_loss_function", None) is not None
+        if asked is None:
+            return self.config.skip_logits and self.training and labels is not None and not own
+        if asked and (labels is None or own):
+            lacks = "labels, whose loss it is" if labels is None else "the library's own loss, not a loss_function"
+            raise ValueError(f"skip_logits=True needs {lacks}; leave it out")
+        return asked
+
+    def _loss_alone(
+        self,
+        piece: Piece,
+        targets: Int[Tensor, "batch time"],
+        hidden_states: bool,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        **_: Any,
+    ) -> tuple[ModelOut, Tensor]:
+        """A call without logits, and the loss as transformers' own functions count it: over `num_items_in_batch`, or
+        the mean over targets."""
+        if ignore_index != -100:
+            targets = torch.where(targets == ignore_index, -100, targets)
+        out = self.model(
+            piece.tokens,
+            None,
+            piece.segments,
+            embeddings=piece.embeddings,
+            hidden_states=hidden_states,
+            targets=targets,
+        )
+        assert out.nats is not None
+        number = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        number = number.to(out.nats.device) if isinstance(number, Tensor) else number
+        return out, out.nats / number
+
     def _finish(
         self, out: ModelOut, cache: ZooCache | None, loss: Tensor | None, return_dict: bool | None
     ) -> ZooOutput | tuple:
         """The output, with the blocks' own losses in `loss`."""
         if loss is not None:
             loss = loss + losses(out.aux)
-        found = ZooOutput(loss, out.logits, cache, out.hidden_states, out.aux or None)
+        logits = out.logits if out.nats is None else None
+        found = ZooOutput(loss, logits, cache, out.hidden_states, out.aux or None)
         wanted = self.config.return_dict if return_dict is None else return_dict
         return found if wanted else found.to_tuple()
 
