@@ -25,6 +25,7 @@ def _wrong(**arguments):
 
 GOOD = Op("average", Implementation("reference", _scan))
 BAD = Op("average", Implementation("wrong", _wrong), Implementation("reference", _scan))
+BAD_KERNEL = Op("average", Implementation("triton", _wrong), Implementation("reference", _scan))
 
 
 class AverageState(NamedTuple):
@@ -202,6 +203,12 @@ class TwoAnswers(Average):
     op = BAD
 
 
+class WrongKernel(Average):
+    """interpreted: the Triton kernel is not the reference."""
+
+    op = BAD_KERNEL
+
+
 class HidesWeights(Average):
     """save_and_load: a weight that is no parameter and is not saved."""
 
@@ -290,6 +297,7 @@ BROKEN: dict[str, type[Block]] = {
     "gradient_through_state": CutsGradient,
     "state_size": SaysItGrows,
     "implementations": TwoAnswers,
+    "interpreted": WrongKernel,
     "save_and_load": HidesWeights,
     "config_round_trip": NeedsAnObject,
     "meta_device": BornOnCPU,

@@ -291,15 +291,12 @@ def state_size(make: Make, dtype: torch.dtype) -> None:
 # Implementations ------------------------------------------------------------------------------------------------
 
 
-@law(*EXACT, torch.bfloat16)
-def implementations(make: Make, dtype: torch.dtype) -> None:
-    """Every implementation equals the reference in values, states and gradients, with segments and without."""
+def same_answers(make: Make, dtype: torch.dtype, given: Tensor | None, names: Callable[[set[str]], set[str]]) -> None:
+    """The implementations that are named, of those met, equal the reference in values, states and gradients."""
     block = make(dtype)
-    x = inputs(dtype, 11)
-    segments = torch.tensor([[1] * 11, [0, 1, 1, 1, 0, 2, 2, 2, 2, 3, 0], [4] * 5 + [0] * 6])
-    follow = inputs(dtype, 2, seed=3)
+    x, follow = inputs(dtype, 11), inputs(dtype, 2, seed=3)
 
-    def outcome(given: Tensor | None) -> list[tuple[str, Tensor]]:
+    def outcome() -> list[tuple[str, Tensor]]:
         outputs: list[Tensor] = []
 
         def run(v: Tensor) -> Tensor:
@@ -313,15 +310,30 @@ def implementations(make: Make, dtype: torch.dtype) -> None:
             found.append(("what follows the state", block(follow, state).y))
         return found
 
-    for given in (None, segments):
-        with ops.use("reference"), implementations_met() as met:
-            wanted = dict(outcome(given))
-        # Triton's interpreter takes seconds a block: ops' own tests hold other dtypes and calls without segments.
-        interpreted = dtype == torch.float32 and given is not None
-        for name in sorted(met - ({"reference"} if interpreted else {"reference", "triton"})):
-            with ops.use(name):
-                for key, value in outcome(given):
-                    close(value, wanted[key], dtype, f"{name}, {key}", scale=1 if key == "y" else 10)
+    with ops.use("reference"), implementations_met() as met:
+        wanted = dict(outcome())
+    for name in sorted(names(met)):
+        with ops.use(name):
+            for key, value in outcome():
+                close(value, wanted[key], dtype, f"{name}, {key}", scale=1 if key == "y" else 10)
+
+
+def documents() -> Tensor:
+    return torch.tensor([[1] * 11, [0, 1, 1, 1, 0, 2, 2, 2, 2, 3, 0], [4] * 5 + [0] * 6])
+
+
+@law(*EXACT, torch.bfloat16)
+def implementations(make: Make, dtype: torch.dtype) -> None:
+    """Every implementation that runs here equals the reference, with segments and without."""
+    for given in (None, documents()):
+        same_answers(make, dtype, given, lambda met: met - {"reference", "triton"})
+
+
+@law(torch.float32)
+def interpreted(make: Make, dtype: torch.dtype) -> None:
+    """The Triton kernels, interpreted, equal the reference. The interpreter takes seconds a block: ops' own tests hold
+    other dtypes and calls without segments."""
+    same_answers(make, dtype, documents(), lambda met: met & {"triton"})
 
 
 # Keeping --------------------------------------------------------------------------------------------------------

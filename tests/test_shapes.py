@@ -13,9 +13,10 @@ OPS = (
     *("aft", "gqa", "sparse", "mamba", "mamba2", "mamba3", "s4", "s4d", "hyena", "gla", "gated_delta_net", "rwkv4"),
     *("rwkv6", "rwkv7", "rg_lru", "slstm", "moe", "linformer"),
 )
-IMPLEMENTATIONS = " or ".join(f"test_law[{kind}-implementations-float32]" for kind in OPS)
+BOTH = ("implementations", "interpreted")
+IMPLEMENTATIONS = " or ".join(f"test_law[{kind}-{law}-float32]" for kind in OPS for law in BOTH)
 LAWS = f"((contract or chunks or packed) and float32) or {IMPLEMENTATIONS}"
-SHARES = 4  # so that the processes which run the tests have something to share
+SHARES = 2  # so that the processes which run the tests have something to share
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
