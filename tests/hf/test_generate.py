@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -235,6 +236,33 @@ def test_bad_calls_say_what_to_do():
         model.generate(ids, past_key_values=cache, max_new_tokens=2)
     with pytest.raises(ValueError, match="keep their state in a ZooCache"):
         model(ids, past_key_values=DynamicCache())
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one thing"):
+            call(ids, cache=ZooCache(), past_key_values=cache)
+
+
+def test_both_names_of_a_cache():
+    """transformers renamed past_key_values to cache: a model takes and gives both, silently."""
+    model, ids = causal("hybrid"), tokens()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message=".*past_key_values")
+        first = model(ids, use_cache=True)
+        assert isinstance(first.cache, ZooCache)
+        assert first.past_key_values is first["past_key_values"] is first["cache"] is first.get("cache") is first.cache
+        assert first.get("past_key_values") is first.cache and "past_key_values" in first and "cache" in first
+        without = model(ids, use_cache=False)
+        assert without.past_key_values is None and without.get("past_key_values", 7) == 7
+        assert "past_key_values" not in without and "cache" not in without
+        kept, found = copy.deepcopy(first.cache), []
+        for name in ("cache", "past_key_values"):
+            out = model(ids[:, :2], **{name: copy.deepcopy(kept)})
+            made = model.generate(
+                torch.cat([ids, ids], 1), **{name: copy.deepcopy(kept)}, max_new_tokens=3, do_sample=False
+            )
+            found.append((out.logits, made))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    again = model.generate(torch.cat([ids, ids], 1), max_new_tokens=3, do_sample=False)
+    assert torch.equal(found[0][1], again)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from zoo import __version__
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 # Tokens a cache can go back when generate asks for it without saying how many: a draft is 20 tokens by default.
 ROLLBACK = 32
+# The name of a cache in what generate passes and keeps, which transformers 5.24 changed.
+PREPARE: Any = vars(GenerationMixin)["prepare_inputs_for_generation"]
+NAME = "cache" if "cache" in signature(PREPARE).parameters else "past_key_values"
 # Raised when the files' meaning changes.
 FORMAT = 1
 
@@ -32,7 +37,8 @@ FORMAT = 1
 class ZooLayer(LinearAttentionCacheLayerMixin):
     """One block's state. Alone it cannot go back; the cache as a whole does, with its snapshots."""
 
-    is_compileable = False  # its shapes may grow, and generate would build 4-D masks for it
+    # Its shapes may grow, and generate would build 4-D masks for it.
+    is_compileable = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     is_croppable = False  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
     def __init__(self, state: State):
@@ -163,6 +169,11 @@ class ZooCache(Cache):
     @property
     def is_croppable(self) -> bool:
         return self.history is not None
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of no layer: generate would take these for layers that know no length, and pass cached tokens again."""
+        return [False] * max(1, len(self.layers))
 
     @property
     def batch_size(self) -> int:
@@ -319,6 +330,13 @@ class ZooCache(Cache):
             self.history.length += piece.length
             self.length += piece.length
         return self
+
+
+def one_of(cache: Any, past_key_values: Any) -> Any:
+    """The cache given by either name. Raises ValueError for both."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one thing; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 def fingerprint(configuration: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from zoo.hf.cache import ROLLBACK, ZooCache
+from zoo.hf.cache import NAME, ROLLBACK, ZooCache, one_of
 from zoo.hf.history import Piece
 from zoo.hf.pretrained import ZooOutput, ZooPreTrainedModel, check_labels, refuse_attentions
 from zoo.model import ModelOut
@@ -27,7 +27,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "batch time"] | None = None,
         attention_mask: Int[Tensor, "batch columns"] | Bool[Tensor, "batch columns"] | None = None,
         position_ids: Int[Tensor, "batch time"] | None = None,
-        past_key_values: ZooCache | None = None,
+        cache: ZooCache | None = None,
         inputs_embeds: Float[Tensor, "batch time width"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
         use_cache: bool | None = None,
@@ -36,24 +36,26 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         skip_logits: bool | None = None,
+        past_key_values: ZooCache | None = None,
         **kwargs: Any,
     ) -> ZooOutput | tuple:
         """Logits of the next token at each position, the loss where `labels` are given, the cache where it is used.
 
+        `cache`: what came before, `past_key_values` is its other name (transformers' own until 5.23).
         `use_cache=None` makes a cache under `torch.no_grad()` without labels, if the configuration says use_cache.
         `position_ids` only tell documents apart, where no mask does; blocks count positions themselves.
         `skip_logits=True` gives the loss of the labels without any logits, None as the configuration's `skip_logits`
         says. `kwargs` go to the loss (`num_items_in_batch`). Raises ValueError for inputs that do not fit one another.
         """
         refuse_attentions(output_attentions)
-        cache = past_key_values
+        cache = one_of(cache, past_key_values)
         if cache is None:
             if use_cache is None:
                 use_cache = self.config.use_cache and labels is None and not torch.is_grad_enabled()
             cache = ZooCache() if use_cache else None
         elif not isinstance(cache, ZooCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; zoo models keep their state in a ZooCache: "
+                f"the cache is a {type(cache).__name__}; zoo models keep their state in a ZooCache: "
                 "pass zoo.hf.ZooCache(), or leave it out"
             )
         piece = self._piece(input_ids, inputs_embeds, attention_mask, position_ids, cache)
@@ -62,7 +64,7 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             check_labels(labels, piece, logits_to_keep)
         if self._skips_logits(skip_logits, labels):
             if cache is not None:
-                raise ValueError("skip_logits goes without a cache; leave past_key_values and use_cache out")
+                raise ValueError("skip_logits goes without a cache; leave cache and use_cache out")
             shifted = kwargs.pop("shift_labels", None)
             if shifted is None:
                 within = _within_documents(cast(Tensor, labels), piece.segments)
@@ -149,6 +151,9 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
                     "a row of the prompt ends in padding, and its next token would continue that; pad on the left "
                     "(tokenizer.padding_side = 'left')"
                 )
+        cache = one_of(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[NAME] = cache
         return cast(Any, super()).generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -158,11 +163,11 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(f"cache_implementation={kind!r} is no way to keep a recurrent state; leave it out")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(NAME)
         if cache is not None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = ZooCache()
+            cache = model_kwargs[NAME] = ZooCache()
         if isinstance(cache, ZooCache) and generation_config.is_assistant:
             # As many new tokens as this round drafts, and the one before them, may be taken back.
             cache.activate_past_recording(max(ROLLBACK, (generation_config.max_new_tokens or 0) + 2))
@@ -171,14 +176,16 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: ZooCache | None = None,
+        cache: ZooCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        past_key_values: ZooCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers' own, without what the blocks do not need, so that decoding takes their fast route."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = one_of(cache, past_key_values)
+        past = 0 if cache is None else cache.get_seq_length()
         if next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
                 f"the cache holds {past} tokens and the input {input_ids.shape[1]}; pass the whole sequence, cached "
@@ -193,14 +200,14 @@ class ZooForCausalLM(ZooPreTrainedModel, GenerationMixin):
             # What generate itself chose: none of it is padding, and of all else blocks need nothing.
             token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
             rest = {name: each for name, each in kwargs.items() if name not in ("position_ids", "labels")}
-            return rest | {"input_ids": token, "past_key_values": past_key_values, "attention_mask": None}
+            return rest | {"input_ids": token, NAME: cache, "attention_mask": None}
         found = cast(Any, super()).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{NAME: cache},
             **kwargs,
         )
         found.pop("position_ids", None)  # made from the mask, which says more

@@ -48,7 +48,7 @@ class ZooConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "zoo"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "aux"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "hidden_states", "aux"]
 
     model: Any = None
     use_cache: bool = True

@@ -72,7 +72,7 @@ def generate(
     tokens = loaded.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         **sampling,

@@ -121,7 +121,7 @@ def streamed(model: Any, text: Text, chunk: int = 1024) -> Score:
     cache, nats, last = ZooCache(), 0.0, len(text.ids) - 1
     for begin in range(0, last, chunk):
         tokens = _take(text.ids, begin, min(begin + chunk, last) + 1).to(model.device)[None]
-        logits = model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=tokens[:, :-1], cache=cache, use_cache=True).logits
         nats += _nats(logits, tokens[:, 1:])
     return Score(nats, last, text.bytes, cache.bytes())
 

@@ -25,7 +25,7 @@ class ZooOutput(ModelOutput):
 
     loss: cross entropy of the labels plus the blocks' own losses (routers).
     logits: [batch, kept, vocab]; None where they were skipped.
-    past_key_values: the `ZooCache` after these tokens.
+    cache: the `ZooCache` after these tokens; `past_key_values` is another name of it.
     hidden_states: the residual stream before each block and what the head reads, [batch, time, width] each.
     aux: the blocks' named losses, statistics and, while training, sums: "blocks.<index>/<loss, stat or sum>/<name>".
         `loss` holds the losses. Sums are for models driven by the training step (some routers of `moe`): a trainer
@@ -34,9 +34,27 @@ class ZooOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: ZooCache | None = None
+    cache: ZooCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     aux: dict[str, Tensor] | None = None
+
+    @property
+    def past_key_values(self) -> ZooCache | None:
+        return self.cache
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(cast(Any, _renamed(key)))
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_renamed(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_renamed(key), default)
+
+
+def _renamed(key: Any) -> Any:
+    """transformers up to 5.23 asks an output for its cache by that name."""
+    return "cache" if key == "past_key_values" else key
 
 
 class ZooPreTrainedModel(PreTrainedModel):
@@ -48,7 +66,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     objective = ""
     _no_split_modules = ["Residual"]  # noqa: RUF012, transformers' own forms
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     # Of a loss-free router: bfloat16 would round its small moves away.
     _keep_in_fp32_modules_strict = ["router.bias"]  # noqa: RUF012
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
