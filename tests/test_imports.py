@@ -110,3 +110,13 @@ def test_import_defines_names_only():
     new = newly_imported("zoo")
     assert not [name for name in new if name.endswith((".triton", ".native", ".chunked"))]
     assert not [name for name in new if name.startswith(("zoo.attention.", "zoo.ssm.", "zoo.moe.", "zoo.recurrent."))]
+
+
+def test_blocks_are_first_imported_on_any_device():
+    """`zoo describe` builds on meta, where a module that computes a number with tensors as it is imported fails."""
+    code = (
+        "import torch\nfrom zoo.registry import block_class, kinds\n"
+        "with torch.device('meta'):\n    for kind in kinds():\n        block_class(kind)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """RWKV-7's time mix (Peng et al., 2503.14456, sec. 4): a generalised delta rule, and values mixed with layer 0's."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from zoo.layers.linear import Linear
 from zoo.layers.shift import token_shift
 from zoo.layers.wide import WideLinear
 
-_RATE = torch.tensor(-0.5, dtype=torch.float64).exp().item()  # w is exp(-_RATE) = 0.545 at least
+_RATE = math.exp(-0.5)  # w is exp(-_RATE) = 0.545 at least
 
 
 class LowRank(nn.Module):
